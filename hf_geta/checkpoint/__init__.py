@@ -1,0 +1,1 @@
+"""WHAT is shipped? Physically smaller modules, packed codes, and the manifest."""

@@ -1,0 +1,1 @@
+"""WHAT goes together? The quantization-aware dependency graph (QADG) of a model."""

@@ -1,0 +1,1 @@
+"""HOW does it move? QASSO, its schedule and its rules."""

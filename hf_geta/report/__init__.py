@@ -1,0 +1,1 @@
+"""WHAT was gained? Costs and cards."""

@@ -1,10 +1,51 @@
 """hf_geta: one training run that prunes structure and lowers bit widths together, for Hugging Face models.
 
 Importing it registers `quant_method: "geta"` with transformers, so that compressed checkpoints load with
-`from_pretrained`.
+`from_pretrained`. The training side is imported when it is first asked for: loading needs none of it.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
 
 from hf_geta.config import GETAConfig
 
-__version__ = "0.1.0"
-__all__ = ["GETAConfig"]
+if TYPE_CHECKING:
+    from hf_geta.compress import create_optimizer, finalize_model, prepare_model
+    from hf_geta.graph.qadg import QADG, build_qadg
+    from hf_geta.optim.qasso import QASSO
+    from hf_geta.trainer import GETATrainer
+
+_LAZY = {
+    "GETATrainer": "hf_geta.trainer",
+    "QADG": "hf_geta.graph.qadg",
+    "QASSO": "hf_geta.optim.qasso",
+    "build_qadg": "hf_geta.graph.qadg",
+    "create_optimizer": "hf_geta.compress",
+    "finalize_model": "hf_geta.compress",
+    "prepare_model": "hf_geta.compress",
+}
+
+__all__ = [
+    "QADG",
+    "QASSO",
+    "GETAConfig",
+    "GETATrainer",
+    "build_qadg",
+    "create_optimizer",
+    "finalize_model",
+    "prepare_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,144 @@
+"""Any AutoModelForImageClassification with its image processor, at the size and for the classes of the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessorPil,
+)
+
+
+@dataclasses.dataclass
+class ModelArguments:
+    """Which model, and at what image size."""
+
+    model_name_or_path: str | None = dataclasses.field(
+        default=None, metadata={"help": "Weights to start from: a name on the Hub or a folder; goes before model_type."}
+    )
+    model_type: str | None = dataclasses.field(
+        default=None, metadata={"help": "Architecture to train from scratch: vit, deit, resnet, ..."}
+    )
+    config_overrides: dict | str | None = dataclasses.field(
+        default=None, metadata={"help": "Fields of a from-scratch model's config; as a flag in JSON."}
+    )
+    image_size: int | None = dataclasses.field(
+        default=None, metadata={"help": "Height and width of the input. By default the model's or the data's own."}
+    )
+    head_learning_rate: float | None = dataclasses.field(
+        default=None, metadata={"help": "Learning rate of the new head, where it differs from learning_rate."}
+    )
+    compress: bool = dataclasses.field(
+        default=True, metadata={"help": "false trains the dense twin: same model, data and steps, no compression."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.model_name_or_path is None and self.model_type is None:
+            raise ValueError("write model_name_or_path (weights to start from) or model_type (from scratch).")
+
+    def overrides(self) -> dict[str, Any]:
+        """`config_overrides` as a dictionary."""
+        values = self.config_overrides or {}
+        return json.loads(values) if isinstance(values, str) else values
+
+
+def load_processor(arguments: ModelArguments, example: Image.Image) -> Any:
+    """The image processor of the model, resizing to `image_size`; for a model from scratch a plain one."""
+    if arguments.model_name_or_path is not None:
+        processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
+        if arguments.image_size is not None:
+            processor.size = {"height": arguments.image_size, "width": arguments.image_size}
+        return processor
+    size = arguments.image_size
+    height, width = (example.height, example.width) if size is None else (size, size)
+    half = [0.5] * (1 if example.mode == "L" else 3)
+    return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=half, image_std=half)
+
+
+def load_model(arguments: ModelArguments, processor: Any, class_names: list[str]) -> PreTrainedModel:
+    """The model to train, with one output for each class.
+
+    Raises:
+        ValueError: for a config override that the architecture has no field for.
+    """
+    id2label = dict(enumerate(class_names))
+    labels = {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
+    if arguments.model_name_or_path is not None:
+        model = AutoModelForImageClassification.from_pretrained(
+            arguments.model_name_or_path, ignore_mismatched_sizes=True, **labels
+        )
+        size = arguments.image_size
+        return model if size in (None, getattr(model.config, "image_size", None)) else resize_positions(model, size)
+
+    return AutoModelForImageClassification.from_config(_new_config(arguments, processor, labels))
+
+
+def _new_config(arguments: ModelArguments, processor: Any, labels: dict[str, Any]) -> PreTrainedConfig:
+    model_type, overrides = arguments.model_type or "", arguments.overrides()
+    known = AutoConfig.for_model(model_type).to_dict()
+    if unknown := sorted(set(overrides) - set(known)):
+        raise ValueError(f"config_overrides: {model_type} has no field {', '.join(unknown)}; it has {sorted(known)}.")
+    shape = {"image_size": processor.size["height"], "num_channels": len(processor.image_mean)}
+    fitting = {name: value for name, value in shape.items() if name in known}
+    return AutoConfig.for_model(model_type, **(fitting | overrides), **labels)
+
+
+def resize_positions(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
+    """The same weights in a model for another image size, its position embeddings interpolated (bicubic) once.
+
+    Raises:
+        ValueError: where another tensor than a (1, tokens, width) position embedding depends on the size.
+    """
+    config = type(model.config).from_dict(model.config.to_dict() | {"image_size": image_size})
+    resized = type(model)(config)
+    weights = model.state_dict()
+    for name, target in resized.state_dict().items():
+        if weights[name].shape != target.shape:
+            if weights[name].ndim != 3 or "position" not in name:
+                raise ValueError(f"{name}: {tuple(weights[name].shape)} cannot be fitted to image_size={image_size}.")
+            weights[name] = _interpolate(weights[name], target.shape[1])
+    resized.load_state_dict(weights)
+    return resized
+
+
+def _interpolate(positions: torch.Tensor, tokens: int) -> torch.Tensor:
+    """(1, special + side^2, width) -> (1, tokens, width); the special tokens (class, distillation) come first."""
+    side, new_side = int(positions.shape[1] ** 0.5), int(tokens**0.5)
+    special = positions.shape[1] - side**2
+    grid = positions[:, special:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, width, side, side)
+    grid = torch.nn.functional.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :special], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def head_optimizer(
+    model: PreTrainedModel, args: TrainingArguments, head_learning_rate: float | None
+) -> torch.optim.Optimizer | None:
+    """Trainer's own optimizer with a learning rate for the head; None, for Trainer's own, where there is none."""
+    if head_learning_rate is None:
+        return None
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        in_head = not name.startswith(model.base_model_prefix + ".")
+        learning_rate = head_learning_rate if in_head else args.learning_rate
+        decay = args.weight_decay if name in decayed else 0.0
+        groups.setdefault((learning_rate, decay), []).append(parameter)
+    return kind([{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()], **options)
+
+
+def weight_bytes(folder: str | Path) -> int:
+    """Bytes of a checkpoint's weight files."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

@@ -1,0 +1,146 @@
+import json
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from hf_geta.checkpoint.manifest import LayerManifest, Manifest, fit_manifest, read_manifest, write_manifest_
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.fixture
+def model():
+    config = BertConfig(
+        vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+    )
+    with torch.device("meta"):
+        return BertForSequenceClassification(config)
+
+
+def _layer(**changes):
+    return {"bits": 4, "shape": [4, 8], "granularity": "tensor", **changes}
+
+
+def test_a_manifest_survives_json_and_is_these_values():
+    manifest = Manifest(
+        shapes={"b": (2,), "a": (3, 4)},
+        attributes={"layer.heads": 2},
+        layers={"y": LayerManifest(4, (3, 4), "channel", 8, True), "x": LayerManifest(2, (3, 4), shared_with="y")},
+    )
+    values = manifest.to_dict()
+    assert values == {
+        "quant_method": "geta",
+        "format_version": 1,
+        "shapes": {"a": [3, 4], "b": [2]},
+        "attributes": {"layer.heads": 2},
+        "layers": {
+            "x": {"bits": 2, "shape": [3, 4], "granularity": "tensor", "shared_with": "y"},
+            "y": {
+                "bits": 4,
+                "shape": [3, 4],
+                "granularity": "channel",
+                "activation_bits": 8,
+                "activation_signed": True,
+            },
+        },
+    }
+    assert list(values["shapes"]) == ["a", "b"]
+    assert list(values["layers"]) == ["x", "y"]
+    assert Manifest.from_dict(json.loads(json.dumps(values))) == manifest
+
+
+def test_a_model_without_a_manifest_reads_as_not_compressed(model):
+    assert read_manifest(model) == Manifest()
+    manifest = Manifest(shapes={"classifier.bias": (1,)})
+    write_manifest_(model, manifest)
+    assert read_manifest(model) == manifest
+
+
+def test_a_model_of_another_quantization_method_is_refused(model):
+    model.config.quantization_config = {"quant_method": "awq"}
+    with pytest.raises(ValueError, match="quantized by 'awq' already"):
+        read_manifest(model)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"format_version": 2}, "format_version=2: this hf_geta reads version 1; .* pip install --upgrade hf_geta"),
+        ({"format_version": "1"}, "format_version=1: "),
+        ({"blocks": {}}, "quantization_config has no blocks; its keys are attributes, format_version, layers"),
+        ({"shapes": {"a": [0, 3]}}, r"a has shape \[0, 3\]: a shape is a list of whole numbers, 1 or more"),
+        ({"shapes": {"a": [2.0]}}, "a has shape"),
+        ({"shapes": {"a": "23"}}, "a has shape '23'"),
+        ({"shapes": {"a": None}}, "a has shape None"),
+        ({"attributes": {"a.heads": 0}}, "attributes: a.heads = 0: attributes are whole numbers, 1 or more"),
+        ({"attributes": {"a.heads": True}}, "attributes: a.heads = True"),
+        ({"attributes": {"a.heads": "2"}}, "attributes: a.heads = '2'"),
+        ({"layers": {"a": _layer(bits=1)}}, "layers: a has bits=1: widths are whole, 2 to 16 bits"),
+        ({"layers": {"a": _layer(bits=17)}}, "layers: a has bits=17"),
+        ({"layers": {"a": _layer(bits=4.5)}}, "layers: a has bits=4.5"),
+        ({"layers": {"a": {"shape": [1]}}}, "layers: a has bits=None"),
+        ({"layers": {"a": {"bits": 4}}}, r"a\.weight has shape None"),
+        ({"layers": {"a": _layer(activation_bits=32)}}, "layers: a has activation_bits=32"),
+        ({"layers": {"a": _layer(activation_bits=8)}}, "layers: a has activation_bits=8 and activation_signed=None"),
+        ({"layers": {"a": _layer(granularity="row")}}, "layers: a has granularity='row': it is one of"),
+        ({"layers": {"a": _layer(zero_point=3)}}, "layers: a has no zero_point; its keys are"),
+        ({"layers": {"a": _layer(shared_with="b")}}, "layers: a is shared_with 'b', which holds no such weight"),
+        (
+            {"layers": {"a": _layer(shared_with="b"), "b": _layer(shape=[4, 9])}},
+            "layers: a is shared_with 'b', which holds no such weight",
+        ),
+        (
+            {"layers": {"a": _layer(shared_with="b"), "b": _layer(shared_with="c"), "c": _layer()}},
+            "which holds no such weight",
+        ),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused_and_says_why(values, message):
+    with pytest.raises(ValueError, match=message):
+        Manifest.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shapes": {"bert.pooler.dense.wight": [8]}}, "shapes: BertForSequenceClassification has no 'bert.pooler.dense"),
+        ({"shapes": {"classifier.bias": [3]}}, r"classifier.bias has shape \[3\] .* does not fit into the \[2\]"),
+        ({"shapes": {"classifier.bias": [1, 1]}}, "does not fit"),
+        ({"attributes": {"bert.encoder.heads": 1}}, "attributes: .* has no 'bert.encoder.heads'"),
+        ({"attributes": {"bert.config.hidden_act": 1}}, "attributes: .* has no 'bert.config.hidden_act'"),
+        ({"layers": {"bert.encoder.layer.1": _layer()}}, "layers: .* has no 'bert.encoder.layer.1': the checkpoint was"),
+        ({"layers": {"bert.encoder": _layer()}}, "layers: bert.encoder is a BertEncoder, which has no weight to pack"),
+        ({"layers": {QUERY: _layer(shape=[16, 8])}}, r"query.weight has shape \[16, 8\] .* fit into the \[8, 8\]"),
+        ({"layers": {QUERY: _layer(shape=[32])}}, r"query.weight has shape \[32\]"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_the_model_is_refused_and_says_where(model, values, message):
+    with pytest.raises(ValueError, match=message):
+        fit_manifest(Manifest.from_dict(values), model)
+
+
+def test_a_manifest_finds_its_names_with_and_without_a_head(model):
+    head = Manifest(
+        shapes={f"{QUERY}.bias": (4,), "classifier.bias": (1,)},
+        attributes={"bert.encoder.layer.0.attention.self.num_attention_heads": 1},
+        layers={QUERY: LayerManifest(4, (4, 8))},
+    )
+    assert fit_manifest(head, model) == head
+    model.bert.config.architectures = ["BertForSequenceClassification"]  # as saved
+    base = fit_manifest(head, model.bert)
+    assert set(base.shapes) == {"encoder.layer.0.attention.self.query.bias"}
+    assert set(base.attributes) == {"encoder.layer.0.attention.self.num_attention_heads"}
+    assert set(base.layers) == {"encoder.layer.0.attention.self.query"}
+    with_prefix = fit_manifest(base, model)
+    assert set(with_prefix.layers) == {QUERY}
+
+
+def test_only_another_class_of_model_may_lack_a_head(model):
+    model.config.architectures = ["BertForQuestionAnswering"]
+    other_head = Manifest(shapes={"qa_outputs.bias": (1,)})
+    assert fit_manifest(other_head, model).shapes == {}
+    model.config.architectures = ["BertForSequenceClassification"]
+    with pytest.raises(ValueError, match="has no 'qa_outputs.bias'"):
+        fit_manifest(other_head, model)
+    assert isinstance(model.bert, BertModel)

@@ -1,0 +1,167 @@
+"""Linear, Conv2d and Conv1D layers that round their weight and input, and the swap that puts them into a model."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_geta.config import GETAConfig
+from hf_geta.quantization.products import Conv2dProduct, LinearProduct, Product, quantized_product
+from hf_geta.quantization.quantizers import Quantizer
+
+logger = logging.getLogger(__name__)
+
+
+class QuantizedLayer(nn.Module):
+    """What the three layers share: y = Q_w(weight) applied to Q_x(input), the bias in float.
+
+    Made from a layer in place by `quantize_modules_`: module, parameters and hooks stay the same objects.
+    `input_quantizer` is None where the input stays in float.
+    """
+
+    channel_dim: ClassVar[int] = 0  # of the weight: the output channels
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer | None
+
+    def _product(self, x: Tensor) -> Product | None:
+        """The layer's fused product; None where there is none for its options or for the shape of x."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_quantizer = self.input_quantizer
+        if x_quantizer is not None and not x_quantizer.enabled:
+            x_quantizer = None
+        product = None if torch.compiler.is_compiling() else self._product(x)
+        if product is None or not self.weight_quantizer.enabled:
+            x = x if x_quantizer is None else x_quantizer(x)
+            return self._apply_weight(x, self.weight_quantizer(self.weight))
+        x_grid = None if x_quantizer is None else x_quantizer.grid
+        return quantized_product(product, x, self.weight, self.bias, x_grid, self.weight_quantizer.grid)
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The float layer, with this weight."""
+        raise NotImplementedError
+
+
+class QuantLinear(QuantizedLayer, nn.Linear):
+    """`nn.Linear` with quantized weight (out, in) and input (..., in)."""
+
+    def _product(self, x: Tensor) -> Product:
+        return LinearProduct()
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class QuantConv1D(QuantizedLayer, Conv1D):
+    """transformers' `Conv1D` (GPT-2) with quantized weight (in, out) and input (..., in)."""
+
+    channel_dim = 1
+
+    def _product(self, x: Tensor) -> Product:
+        return LinearProduct(transposed=True)
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+class QuantConv2d(QuantizedLayer, nn.Conv2d):
+    """`nn.Conv2d` with quantized weight (out, in / groups, kernel, kernel) and input ([batch,] in, height, width)."""
+
+    def _product(self, x: Tensor) -> Product | None:
+        if isinstance(self.padding, str) or self.padding_mode != "zeros" or x.dim() != 4:
+            return None
+        return Conv2dProduct(self.stride, self.padding, self.dilation, self.groups)
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, self.bias)
+
+
+QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv2d: QuantConv2d,
+    Conv1D: QuantConv1D,
+}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Every quantized layer of the model by its module name, in the order of `named_modules`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
+    """Turns Linear, Conv2d and Conv1D layers into quantized ones, in place; returns their module names.
+
+    Weights start at `config.initial_bits` over their own range; inputs (with `config.activation_bits`) stay in float
+    until `calibrate_`. Parameter objects are kept, so ties survive; layers that share a weight share its quantizer.
+    Kept in float are the modules that `config.modules_to_not_convert` names (by a run of dotted components: "fc1",
+    "encoder.layer.0") or, if it is None, the output embeddings and every layer whose weight another module uses too.
+
+    Raises:
+        ValueError: if no layer is left to quantize, if a name matches no module, or if a weight is not finite.
+    """
+    skipped = _skipped_names(model, config.modules_to_not_convert)
+    quantizers: dict[tuple[int, int], Quantizer] = {}
+    names = []
+    for name, module in list(model.named_modules()):
+        if type(module) not in QUANTIZED_CLASSES or name in skipped or "weight" not in module._parameters:
+            continue
+        quantized = QUANTIZED_CLASSES[type(module)]
+        key = (id(module.weight), quantized.channel_dim)
+        if key not in quantizers:
+            quantizers[key] = _weight_quantizer(name, module, quantized.channel_dim, config)
+        module.__class__ = quantized  # the same module: hooks, names and references to it stay valid
+        module.weight_quantizer = quantizers[key]
+        module.input_quantizer = None
+        if config.activation_bits is not None:
+            module.input_quantizer = Quantizer(learn_exponent=False, enabled=False, device=module.weight.device)
+        names.append(name)
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no layer to quantize: no Linear, Conv2d or Conv1D is left "
+            f"with modules_to_not_convert={config.modules_to_not_convert}; shorten that list, or check the model."
+        )
+    logger.info("quantized %d layers: %s", len(names), ", ".join(names))
+    return names
+
+
+def _weight_quantizer(name: str, module: nn.Module, channel_dim: int, config: GETAConfig) -> Quantizer:
+    weight: Any = module.weight
+    if not weight.is_meta and not torch.isfinite(weight).all():
+        raise ValueError(f"{name}.weight contains NaN or infinite values: check the checkpoint that it came from.")
+    shape = None
+    if config.granularity == "channel":
+        shape = tuple(size if dim == channel_dim else 1 for dim, size in enumerate(weight.shape))
+    quantizer = Quantizer(shape, device=weight.device)
+    quantizer.initialize_(weight, config.initial_bits)
+    return quantizer
+
+
+def _skipped_names(model: nn.Module, names: Any) -> set[str]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if names is None:
+        get_output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
+        output = get_output_embeddings()
+        users = Counter(id(p) for module in set(modules.values()) for p in module._parameters.values() if p is not None)
+        return {
+            name
+            for name, module in modules.items()
+            if module is output or users[id(module._parameters.get("weight"))] > 1
+        }
+    skipped: set[str] = set()
+    for pattern in names:
+        matches = {name for name in modules if f".{pattern}." in f".{name}."}
+        if not matches:
+            raise ValueError(
+                f"modules_to_not_convert: {pattern!r} matches no module of {type(model).__name__}; "
+                f"name a module or a run of its dotted components, such as {next(reversed(modules))!r}."
+            )
+        skipped |= matches
+    return skipped

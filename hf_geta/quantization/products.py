@@ -1,0 +1,128 @@
+"""The product of a quantized input with a quantized weight, as one step of autograd.
+
+A layer that rounds its operands and then multiplies keeps both rounded copies for the backward pass. Here x and the
+weight are kept as they are (the unquantized layer keeps them too) and rounded again: the same memory as without
+quantizers, and one gradient pass per operand.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_geta.quantization import kernels
+from hf_geta.quantization.kernels import Grid
+
+
+class Product(Protocol):
+    """y = x * w + b and its gradients; `grad` and the operands are of one dtype."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def grad_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor: ...
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor: ...
+
+    def grad_bias(self, grad: Tensor) -> Tensor: ...
+
+
+class LinearProduct:
+    """x w^T + b, with weight (out, in); or x w + b, with weight (in, out), if `transposed`."""
+
+    def __init__(self, transposed: bool = False) -> None:
+        self.transposed = transposed
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.t() if self.transposed else weight, bias)
+
+    def grad_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad @ (weight.t() if self.transposed else weight)
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # (tokens, out), (tokens, in)
+        return x.t() @ grad if self.transposed else grad.t() @ x
+
+    def grad_bias(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+class Conv2dProduct:
+    """The convolution of x (batch, in, height, width) with weight (out, in / groups, kernel, kernel), zeros outside."""
+
+    def __init__(
+        self, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
+    ) -> None:
+        self.options = (stride, padding, dilation, groups)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, *self.options)
+
+    def grad_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return self._backward(grad, x, weight, 0)
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return self._backward(grad, x, weight, 1)
+
+    def grad_bias(self, grad: Tensor) -> Tensor:
+        return grad.sum((0, 2, 3))
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+        stride, padding, dilation, groups = self.options
+        mask = [which == 0, which == 1, False]
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+        )[which]
+
+
+def quantized_product(
+    product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, x_grid: Grid | None, weight_grid: Grid
+) -> Tensor:
+    """`product.forward(Q(x), Q(weight), bias)`, Q as in `fake_quantize`; `x_grid=None` leaves x as it is."""
+    signed = x_grid is None or x_grid.signed
+    x_scalars = (None, None) if x_grid is None else x_grid[:2]
+    return _QuantizedProduct.apply(product, signed, x, weight, bias, *x_scalars, *weight_grid[:4])
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, product: Product, signed: bool, x: Tensor, weight: Tensor, bias: Tensor | None, *scalars: Any
+    ) -> Tensor:
+        ctx.product, ctx.signed, ctx.bias_dtype = product, signed, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, *scalars)
+        x_grid, weight_grid = _grids(scalars, signed)
+        value = x if x_grid is None else kernels.forward(x, x_grid)
+        return product.forward(value, kernels.forward(weight, weight_grid), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *scalars = ctx.saved_tensors
+        x_grid, weight_grid = _grids(scalars, ctx.signed)
+        product, needs = ctx.product, ctx.needs_input_grad[2:]  # x, weight, bias, d_x, q_x, d_w, q_w, t_w, s_w
+        grad_x = grad_bias = None
+        x_grads: tuple[Tensor | None, ...] = (None, None)
+        weight_grads: tuple[Tensor | None, ...] = (None,) * 5
+        # Under autocast the product ran in the dtype of its result.
+        value: Tensor | None = x
+        if needs[0] or needs[3] or needs[4]:
+            rounded_weight = kernels.forward(weight, weight_grid).to(grad.dtype)
+            grad_x = product.grad_input(grad, x.to(grad.dtype), rounded_weight).to(x.dtype)
+            if x_grid is not None:
+                value, (grad_x, *x_grads) = kernels.backward(grad_x, x, x_grid, keep_value=True, overwrite_grad=True)
+        elif x_grid is not None:
+            value = kernels.forward(x, x_grid)
+        if needs[1] or any(needs[5:]):
+            grad_weight = product.grad_weight(grad, value.to(grad.dtype), weight.to(grad.dtype)).to(weight.dtype)
+            weight_grads = kernels.backward(grad_weight, weight, weight_grid, overwrite_grad=True)[1]
+        if needs[2]:
+            grad_bias = product.grad_bias(grad).to(ctx.bias_dtype)
+        return None, None, grad_x, weight_grads[0], grad_bias, *x_grads[:2], *weight_grads[1:]
+
+
+def _grids(scalars: Any, signed: bool) -> tuple[Grid | None, Grid]:
+    step_size, clip_max, *weight = scalars
+    return None if step_size is None else Grid(step_size, clip_max, signed=signed), Grid(*weight)

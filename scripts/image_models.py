@@ -92,7 +92,8 @@ def _new_config(arguments: ModelArguments, processor: Any, labels: dict[str, Any
         raise ValueError(f"config_overrides: {model_type} has no field {', '.join(unknown)}; it has {sorted(known)}.")
     shape = {"image_size": processor.size["height"], "num_channels": len(processor.image_mean)}
     fitting = {name: value for name, value in shape.items() if name in known}
-    return AutoConfig.for_model(model_type, **(fitting | overrides), **labels)
+    # architectures: AutoModel iterates over it where a model type has two classifiers (DeiT)
+    return AutoConfig.for_model(model_type, **(fitting | overrides), **labels, architectures=[])
 
 
 def resize_positions(model: PreTrainedModel, image_size: int) -> PreTrainedModel:

@@ -27,7 +27,10 @@ class DataArguments:
     dataset_config_name: str | None = dataclasses.field(default=None, metadata={"help": "Its configuration."})
     data_dir: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "Folder with train*.parquet and test*.parquet, or an image folder: SPLIT/CLASS/FILE."},
+        metadata={
+            "help": "Folder with train*.parquet and test*.parquet, or an image folder: SPLIT/CLASS/FILE. Goes before "
+            "dataset_name."
+        },
     )
     image_column: str | None = dataclasses.field(default=None, metadata={"help": "By default the one with images."})
     label_column: str | None = dataclasses.field(default=None, metadata={"help": "By default the one with classes."})
@@ -43,11 +46,8 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        if (self.dataset_name is None) == (self.data_dir is None):
-            raise ValueError(
-                f"dataset_name={self.dataset_name!r}, data_dir={self.data_dir!r}: name one, a data set on the Hub or "
-                "a folder."
-            )
+        if self.dataset_name is None and self.data_dir is None:
+            raise ValueError("write dataset_name (a data set on the Hub) or data_dir (a folder).")
 
 
 @dataclasses.dataclass
@@ -71,10 +71,10 @@ def load_splits(arguments: DataArguments) -> tuple[LabelledImages, LabelledImage
     Raises:
         ValueError: where a split or a column cannot be found; the message names those there are.
     """
-    if arguments.dataset_name is not None:
-        splits = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name)
+    if arguments.data_dir is not None:
+        splits = _load_folder(Path(arguments.data_dir))
     else:
-        splits = _load_folder(Path(arguments.data_dir or ""))
+        splits = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name)
     evaluation = next((name for name in EVAL_SPLITS if name in splits), None)
     if "train" not in splits or evaluation is None:
         raise ValueError(f"splits {', '.join(splits)}: a train split and one of {', '.join(EVAL_SPLITS)} are needed.")

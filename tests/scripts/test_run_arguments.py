@@ -1,0 +1,82 @@
+"""Laws of the settings: one YAML file, flags over it, nothing unknown."""
+
+from pathlib import Path
+
+import pytest
+from image_models import ModelArguments
+from images import DataArguments
+from run_arguments import parse_run
+from transformers import TrainingArguments
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+TYPES = (ModelArguments, DataArguments, TrainingArguments)
+FILE = """
+model_type: vit
+data_dir: somewhere
+learning_rate: 1e-3
+warmup_steps: 7
+geta:
+  group_sparsity: 0.5
+  weight_bits: [4, 8]
+  warmup_steps: 0.2
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(FILE)
+    return str(path)
+
+
+def test_the_file_fills_every_dataclass(config):
+    model, data, training, geta = parse_run(TYPES, ["--config", config])
+    assert (model.model_type, data.data_dir) == ("vit", "somewhere")
+    assert training.learning_rate == 1e-3  # YAML reads 1e-3 as text
+    assert (geta.group_sparsity, tuple(geta.weight_bits)) == (0.5, (4, 8))
+
+
+def test_flags_override_the_file(config):
+    flags = "--learning_rate 0.5 --group_sparsity 0.3 --weight_bits 4 6 --compress false --image-size 64".split()
+    model, _, training, geta = parse_run(TYPES, ["--config", config, *flags])
+    assert (training.learning_rate, model.compress, model.image_size) == (0.5, False, 64)
+    assert (geta.group_sparsity, tuple(geta.weight_bits)) == (0.3, (4, 6))
+
+
+def test_two_fields_of_one_name_stay_two(config):
+    _, _, training, geta = parse_run(TYPES, ["--config", config])
+    assert (training.warmup_steps, geta.warmup_steps) == (7, 0.2)
+    _, _, training, geta = parse_run(TYPES, ["--config", config, "--geta_warmup_steps", "5", "--warmup_steps", "3"])
+    assert (training.warmup_steps, geta.warmup_steps) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (FILE.replace("learning_rate", "lerning_rate"), "lerning_rate; did you mean learning_rate"),
+        (FILE.replace("group_sparsity", "group_sparse"), "section geta.*did you mean group_sparsity.*weight_bits"),
+        (FILE.replace("[4, 8]", "[8, 4]"), r"the lower bound comes first"),
+        (FILE.replace("model_type: vit", ""), "model_type"),
+        (FILE.replace("data_dir: somewhere", ""), "dataset_name"),
+    ],
+)
+def test_a_file_with_a_mistake_is_refused_with_the_way_out(config, text, message):
+    Path(config).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_run(TYPES, ["--config", config])
+
+
+@pytest.mark.parametrize("flag", ["--lerning_rate", "--group_spars", "--lerning-rate"])
+def test_an_unknown_flag_is_refused_even_if_it_begins_a_known_one(config, flag):
+    with pytest.raises(ValueError, match="unknown flag"):
+        parse_run(TYPES, ["--config", config, flag, "1"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_a_complete_run(path):
+    model, data, training, geta = parse_run(TYPES, ["--config", str(path)])
+    assert training.do_train
+    assert training.output_dir == f"outputs/{path.stem}"
+    assert path.stem.endswith(f"-w{geta.weight_bits[1]}a{geta.activation_bits[1]}-s{geta.group_sparsity * 100:.0f}")
+    assert model.compress
+    assert data.dataset_name or data.data_dir

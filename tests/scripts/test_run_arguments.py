@@ -37,7 +37,8 @@ def test_the_file_fills_every_dataclass(config):
 
 
 def test_flags_override_the_file(config):
-    flags = "--learning_rate 0.5 --group_sparsity 0.3 --weight_bits 4 6 --compress false --image-size 64".split()
+    flags = ["--learning_rate", "0.5", "--group_sparsity", "0.3", "--weight_bits", "4", "6"]
+    flags += ["--compress", "false", "--image-size", "64"]
     model, _, training, geta = parse_run(TYPES, ["--config", config, *flags])
     assert (training.learning_rate, model.compress, model.image_size) == (0.5, False, 64)
     assert (geta.group_sparsity, tuple(geta.weight_bits)) == (0.3, (4, 6))

@@ -1,0 +1,48 @@
+"""Saving that never leaves half a checkpoint: everything is written beside the target, then renamed into place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+WEIGHTS_PATTERN = "model*.safetensors*"  # a file of weights, its shards and their index
+
+
+def replace_files(directory: Path, write: Callable[[Path], None]) -> None:
+    """Fill `directory` with what `write` puts into the empty folder that it is handed.
+
+    A new directory appears whole or not at all. In one that exists, each file is replaced whole, weights of an
+    earlier save that the new one does not have are removed, and other files (checkpoints of the run) stay. If
+    `write` raises, or the disk is full, `directory` is as it was.
+
+    Raises:
+        OSError: if the parent folder cannot be written.
+    """
+    directory = directory.resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    try:
+        write(partial)
+        _copy_mode(directory.parent, partial)
+        if not directory.exists():
+            partial.rename(directory)
+            return
+        written = sorted(path.name for path in partial.iterdir())
+        for name in written:
+            target = directory / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(partial / name, target)
+        for stale in directory.glob(WEIGHTS_PATTERN):
+            if stale.name not in written:
+                stale.unlink()
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_mode(source: Path, target: Path) -> None:
+    """`mkdtemp` makes private folders; a saved model is as readable as the folder that it lies in."""
+    target.chmod(source.stat().st_mode & 0o777)

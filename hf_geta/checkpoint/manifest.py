@@ -185,7 +185,8 @@ def _parse_layer(name: str, values: Mapping[str, Any]) -> LayerManifest:
     _check_keys(f"layers: {name}", values, fields)
     bits, activation_bits = values.get("bits"), values.get("activation_bits")
     for key, width in (("bits", bits), ("activation_bits", activation_bits)):
-        if not (_is_size(width) and MIN_BITS <= width <= MAX_BITS) and (key == "bits" or width is not None):
+        optional = key == "activation_bits" and width is None
+        if not optional and not (_is_size(width) and width in range(MIN_BITS, MAX_BITS + 1)):
             raise ValueError(f"layers: {name} has {key}={width!r}: widths are whole, {MIN_BITS} to {MAX_BITS} bits.")
     layer = LayerManifest(**{**values, "shape": _parse_shape(f"{name}.weight", values.get("shape"))})
     if layer.granularity not in GRANULARITIES:

@@ -14,7 +14,8 @@ def test_unpacking_inverts_packing(bits, numel, seed):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (numel,), generator=generator, dtype=torch.int32)
     packed = pack_codes(codes, bits)
-    assert packed.dtype == torch.uint8 and packed.shape == (packed_bytes(numel, bits),)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (packed_bytes(numel, bits),)
     assert torch.equal(unpack_codes(packed, bits, numel), codes)
 
 
@@ -45,7 +46,8 @@ def test_the_stream_is_the_two_s_complement_codes_in_one_little_endian_number(bi
 )
 def test_the_format_is_these_bytes(bits, codes, stream):
     assert bytes(pack_codes(torch.tensor(codes), bits).tolist()) == bytes.fromhex(stream)
-    assert unpack_codes(torch.tensor(list(bytes.fromhex(stream)), dtype=torch.uint8), bits, len(codes)).tolist() == codes
+    packed = torch.tensor(list(bytes.fromhex(stream)), dtype=torch.uint8)
+    assert unpack_codes(packed, bits, len(codes)).tolist() == codes
 
 
 def test_packing_reads_a_matrix_in_row_major_order_and_keeps_no_view_of_it():

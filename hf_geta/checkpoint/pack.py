@@ -1,0 +1,130 @@
+"""Packing a trained model: every quantized layer becomes one that runs from integer codes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+
+from hf_geta.checkpoint.layers import PackedLayer, packed_class, replace_with_packed_, without_conversions_of
+from hf_geta.checkpoint.manifest import LayerManifest, read_manifest, write_manifest_
+from hf_geta.checkpoint.packing import pack_codes
+from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
+from hf_geta.quantization.quantizers import Quantizer
+
+# A width is a logarithm of learned float32 numbers: this far from a whole number is rounding, not training.
+WIDTH_TOLERANCE_BITS = 1e-3
+
+
+@torch.no_grad()
+def pack_model_(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn every quantized layer into a packed one, and say so in `model.config`; outputs stay the same.
+
+    Layers that share one weight share one packed tensor. What pruning wrote into the manifest is kept.
+
+    Returns:
+        `model`, ready for `save_pretrained`.
+
+    Raises:
+        ValueError: if a width is not whole, a weight is shared with a layer that is not quantized, or there is no
+            quantized layer.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError("the model has no quantized layer to pack; save a model that is only pruned as it is.")
+    _check_sharing(model, layers)
+    manifests = _describe(layers)
+    packed = replace_with_packed_(model, manifests)
+    for name, layer in packed.items():
+        _fill_(layer, layers[name])
+    pruned = read_manifest(model)
+    tensors = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
+    tensors -= {f"{name}.weight" for name in manifests}  # their shapes are in `layers`
+    shapes = {tensor: shape for tensor, shape in pruned.shapes.items() if tensor in tensors}
+    write_manifest_(model, dataclasses.replace(pruned, shapes=shapes, layers=manifests))
+    _keep_out_of_conversions_(model, manifests)
+    return model
+
+
+@torch.no_grad()
+def pack_layer(layer: QuantizedLayer) -> PackedLayer:
+    """The packed layer that computes what a quantized one does, bit for bit; `layer` is left alone.
+
+    Raises:
+        ValueError: if a width is not whole.
+    """
+    (manifest,) = _describe({type(layer).__name__: layer}).values()
+    kind = packed_class(layer)
+    assert kind is not None
+    packed = kind(layer, manifest)
+    _fill_(packed, layer)
+    return packed
+
+
+def _check_sharing(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
+    """Packing one of two tied layers would cut the tie, and the file would hold the weight twice."""
+    weights = {layer.weight: name for name, layer in layers.items()}
+    quantized = set(layers.values())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in weights and model.get_submodule(name.rpartition(".")[0]) not in quantized:
+            raise ValueError(
+                f"{weights[parameter]}.weight is also {name}, which is not quantized: keep both in float "
+                f"(modules_to_not_convert=[{weights[parameter]!r}]) or untie them before training."
+            )
+
+
+def _describe(layers: Mapping[str, QuantizedLayer]) -> dict[str, LayerManifest]:
+    owners: dict[tuple[Tensor, Quantizer], str] = {}
+    manifests = {}
+    for name, layer in layers.items():
+        owner = owners.setdefault((layer.weight, layer.weight_quantizer), name)
+        inputs = layer.input_quantizer
+        if inputs is not None and not inputs.enabled:
+            inputs = None  # never calibrated: its input stayed in float
+        manifests[name] = LayerManifest(
+            bits=_whole_bits(f"{name}.weight", layer.weight_quantizer),
+            shape=tuple(layer.weight.shape),
+            granularity="tensor" if layer.weight_quantizer.log_channel_scale is None else "channel",
+            activation_bits=None if inputs is None else _whole_bits(f"the input of {name}", inputs),
+            activation_signed=None if inputs is None else inputs.signed,
+            shared_with=None if owner == name else owner,
+        )
+    return manifests
+
+
+def _whole_bits(what: str, quantizer: Quantizer) -> int:
+    bits = float(quantizer.bits)
+    if not abs(bits - round(bits)) <= WIDTH_TOLERANCE_BITS:
+        raise ValueError(f"{what} has {bits:.4g} bits: only whole widths can be packed; the cool-down rounds them.")
+    return round(bits)
+
+
+def _fill_(packed: PackedLayer, layer: QuantizedLayer) -> None:
+    """Codes and scales of a quantized layer into the empty packed one."""
+    quantizer = layer.weight_quantizer
+    if not packed.shared_with:
+        step_size = quantizer.step_size
+        if quantizer.channel_scale is not None:
+            step_size = (step_size * quantizer.channel_scale).reshape(-1)  # (out,)
+        packed.get_buffer("step_size").copy_(step_size)
+        packed._buffers["weight"] = pack_codes(quantizer.codes(layer.weight), packed.manifest.bits)
+    if packed.manifest.activation_bits is not None and layer.input_quantizer is not None:
+        packed.get_buffer("input_step_size").copy_(layer.input_quantizer.step_size)
+        packed.get_buffer("input_clip_max").copy_(layer.input_quantizer.clip_max)
+
+
+def _keep_out_of_conversions_(model: PreTrainedModel, manifests: Mapping[str, LayerManifest]) -> None:
+    """Have `save_pretrained` write packed tensors under names it can load, where a family joins q, k and v."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        # What `save_pretrained` would use for a model that was not loaded.
+        every = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [conversion for conversion in every if not isinstance(conversion, PrefixChange)]
+    kept = without_conversions_of(conversions, manifests)
+    if len(kept) < len(conversions):
+        model._weight_conversions = kept  # type: ignore[assignment]

@@ -1,0 +1,143 @@
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_geta.checkpoint.layers import PackedLayer, PackedLinear
+from hf_geta.checkpoint.manifest import LayerManifest, Manifest, read_manifest, write_manifest_
+from hf_geta.checkpoint.pack import pack_model_
+from hf_geta.config import GETAConfig
+from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+
+
+def _llama(tied=False, **changes):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config).eval()
+    quantize_modules_(model, GETAConfig(weight_bits=(2, 16), **changes))
+    return model
+
+
+def _set_bits(model, bits=4):
+    for layer in quantized_layers(model).values():
+        layer.weight_quantizer.set_bits_(bits)
+        if layer.input_quantizer is not None:
+            layer.input_quantizer.set_range_(2.0, 8)
+    return model
+
+
+@pytest.mark.parametrize("activation_bits", [None, (8, 8)])
+def test_a_packed_model_computes_what_the_quantized_one_does_bit_for_bit(activation_bits):
+    model = _set_bits(_llama(activation_bits=activation_bits))
+    ids = torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        expected = model(ids).logits
+    names = list(quantized_layers(model))
+    assert pack_model_(model) is model
+    assert [name for name, module in model.named_modules() if isinstance(module, PackedLayer)] == names
+    assert not quantized_layers(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_the_manifest_says_what_was_packed_and_keeps_what_was_pruned():
+    model = _set_bits(_llama(granularity="channel", activation_bits=(4, 8)), 5)
+    up, norm = "model.layers.0.mlp.up_proj", "model.layers.0.input_layernorm"
+    write_manifest_(
+        model,
+        Manifest(
+            shapes={
+                f"{up}.weight": (12, 8),
+                f"{up}.weight_quantizer.log_channel_scale": (12, 1),
+                f"{norm}.weight": (8,),
+            },
+            attributes={f"{up}.out_features": 12},
+        ),
+    )
+    manifest = read_manifest(pack_model_(model))
+    assert manifest.shapes == {f"{norm}.weight": (8,)}
+    assert manifest.attributes == {f"{up}.out_features": 12}
+    assert manifest.layers[up] == LayerManifest(5, (12, 8), "channel", 8, True)
+    assert "lm_head" not in manifest.layers
+    assert isinstance(model.config.quantization_config, dict)
+
+
+def test_a_width_that_is_not_whole_is_refused_and_named():
+    model = _set_bits(_llama())
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight_quantizer.set_bits_(4.2)
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj.weight has 4.2 bits: only whole widths"):
+        pack_model_(model)
+    layer.weight_quantizer.set_bits_(4)
+    model = _set_bits(_llama(activation_bits=(4, 8)))
+    model.model.layers[0].mlp.up_proj.input_quantizer.set_bits_(7.5)
+    with pytest.raises(ValueError, match=r"the input of model.layers.0.mlp.up_proj has 7.5 bits"):
+        pack_model_(model)
+
+
+def test_a_refused_model_is_left_as_it_was():
+    model = _set_bits(_llama())
+    model.model.layers[0].mlp.down_proj.weight_quantizer.set_bits_(4.2)
+    names = list(quantized_layers(model))
+    with pytest.raises(ValueError, match="whole widths"):
+        pack_model_(model)
+    assert list(quantized_layers(model)) == names
+
+
+def test_a_model_without_quantized_layers_is_refused():
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=0, num_attention_heads=1)
+    with pytest.raises(ValueError, match="no quantized layer to pack"):
+        pack_model_(LlamaForCausalLM(config))
+
+
+def test_a_weight_that_an_embedding_uses_too_is_refused():
+    model = _set_bits(_llama(tied=True, modules_to_not_convert=()))
+    with pytest.raises(ValueError, match=r"lm_head.weight is also model.embed_tokens.weight, which is not quantized"):
+        pack_model_(model)
+
+
+def test_an_input_quantizer_that_never_ran_leaves_the_input_in_float():
+    model = _llama(activation_bits=(4, 8))
+    for layer in quantized_layers(model).values():
+        layer.weight_quantizer.set_bits_(4)
+    assert {layer.activation_bits for layer in read_manifest(pack_model_(model)).layers.values()} == {None}
+
+
+class _Shared(nn.Module):
+    """Two layers with one weight, and one layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.again = self.second
+        self.config = type("Config", (), {})()
+
+    def forward(self, x):
+        return self.again(self.second(self.first(x)))
+
+
+def test_layers_that_share_one_weight_share_one_packed_tensor():
+    torch.manual_seed(0)
+    model = _Shared()
+    quantize_modules_(model, GETAConfig(modules_to_not_convert=(), weight_bits=(2, 16)))
+    _set_bits(model, 3)
+    x = torch.randn(2, 6)
+    expected = model(x)
+    pack_model_(model)
+    assert torch.equal(model(x), expected)
+    assert model.again is model.second
+    assert isinstance(model.second, PackedLinear)
+    assert model.second.weight is model.first.weight
+    assert [name for name in model.state_dict() if name.endswith("weight")] == ["first.weight"]
+    assert read_manifest(model).layers["second"].shared_with == "first"
+    assert torch.equal(model.to(torch.float64)(x.double()), model.double()(x.double()))
+    assert model.second.weight.dtype == torch.float64

@@ -1,0 +1,114 @@
+"""Laws of a whole run: from a YAML file to a compressed model that a fresh load evaluates alike."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import run_image_classification
+import yaml
+from compare_reports import compare
+from PIL import Image
+
+from hf_geta.report import load_report
+
+COUNT = 48
+CONFIG = {
+    "model_type": "vit",
+    "config_overrides": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+        "patch_size": 4,
+    },
+    "do_train": True,
+    "max_steps": 24,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 1e-3,
+    "logging_steps": 6,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "geta": {
+        "group_sparsity": 0.5,
+        "weight_bits": [4, 8],
+        "activation_bits": [6, 8],
+        "pruning_periods": 2,
+        "warmup_steps": 4,
+        "projection_steps": 6,
+        "joint_steps": 8,
+        "calibration_batches": 2,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set of bright and dark squares, and a config that trains on it."""
+    folder = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    labels = [i % 2 for i in range(COUNT)]
+    pixels = [rng.integers(0, 128, (8, 8, 3)) + 127 * label for label in labels]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "bright"])})
+    columns = {"image": [Image.fromarray(array.astype(np.uint8)) for array in pixels], "label": labels}
+    (folder / "data").mkdir()
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(folder / "data" / f"{split}.parquet"))
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"data_dir": str(folder / "data")}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """Entries of the dense run, of the compressed one, and of the compressed model evaluated alone."""
+
+    def run(name, *flags):
+        arguments = ["--config", str(folder / "config.yaml"), "--output_dir", str(folder / name)]
+        return run_image_classification.main([*arguments, *flags])
+
+    dense, compressed = run("dense", "--compress", "false"), run("compressed")
+    loaded = run("loaded", "--do_train", "false", "--model_name_or_path", str(folder / "compressed"))
+    return {"dense": dense, "compressed": compressed, "loaded": loaded}
+
+
+def test_every_entry_has_the_keys_of_the_report(runs):
+    for entry in runs.values():
+        assert tuple(entry) == run_image_classification.REPORT_KEYS
+        assert None not in entry.values()
+
+
+def test_the_dense_twin_is_dense(runs):
+    dense = runs["dense"]
+    assert (dense["relative_bops"], dense["group_sparsity"], dense["mean_weight_bits"]) == (1.0, 0.0, 32)
+
+
+def test_the_compressed_model_is_what_was_asked_for(runs):
+    dense, compressed = runs["dense"], runs["compressed"]
+    assert compressed["group_sparsity"] == pytest.approx(0.5)
+    assert 4 <= compressed["mean_weight_bits"] <= 8
+    assert 6 <= compressed["mean_activation_bits"] <= 8
+    assert compressed["relative_bops"] < 8 * 8 / 32**2
+    assert compressed["parameters"] < dense["parameters"]
+    assert compressed["file_bytes"] < dense["file_bytes"]
+
+
+def test_a_loaded_model_is_measured_like_the_one_that_was_saved(runs):
+    timeless = [key for key in run_image_classification.REPORT_KEYS if key != "latency_ms"]
+    assert [runs["loaded"][key] for key in timeless] == [runs["compressed"][key] for key in timeless]
+
+
+def test_the_figures_are_on_the_card_and_in_the_comparison(runs, folder):
+    assert load_report(folder / "compressed")["compressed"]["accuracy"] == runs["compressed"]["accuracy"]
+    assert f"{runs['compressed']['accuracy']:.2%}" in (folder / "compressed" / "README.md").read_text()
+    assert compare(str(folder / "dense"), str(folder / "loaded")) == {
+        "dense": json.loads((folder / "dense" / "report.json").read_text())["dense"],
+        "compressed": runs["loaded"],
+    }
+
+
+def test_evaluation_without_a_model_is_refused(folder):
+    with pytest.raises(ValueError, match="model_name_or_path"):
+        run_image_classification.main(["--config", str(folder / "config.yaml"), "--do_train", "false"])

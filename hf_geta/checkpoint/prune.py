@@ -1,0 +1,120 @@
+"""Physically smaller modules: tensors sliced or resized in place, and the sizes that modules keep about them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_geta.quantization.layers import QuantizedLayer
+
+# Which dimension of `weight` each size attribute states, by the class that owns it.
+SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
+    (nn.Linear, {"out_features": 0, "in_features": 1}),
+    (nn.Embedding, {"num_embeddings": 0, "embedding_dim": 1}),
+    (nn.EmbeddingBag, {"num_embeddings": 0, "embedding_dim": 1}),
+    (nn.modules.batchnorm._NormBase, {"num_features": 0}),
+    (nn.GroupNorm, {"num_channels": 0}),
+    (Conv1D, {"nx": 0, "nf": 1}),
+)
+
+
+@torch.no_grad()
+def slice_(model: nn.Module, keep: Mapping[str, Mapping[int, Tensor]]) -> None:
+    """Keep only some entries of tensors, in place: tensor name -> dimension -> kept indices, int64 (kept,).
+
+    Parameters stay the same objects, so ties hold; a tied tensor is sliced once. The per-channel scale of a
+    quantized layer follows its weight. Modules' own sizes (`in_features`, `groups`, `nf` ...) are updated.
+
+    Raises:
+        ValueError: for a name that is no parameter or buffer of the model.
+    """
+    tensors = _tensors(model, keep)
+    chosen = {id(tensors[name]): (tensors[name], dims) for name, dims in keep.items()}
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLayer) and id(layer.weight) in chosen:
+            scale = layer.weight_quantizer.log_channel_scale
+            indices = chosen[id(layer.weight)][1].get(layer.channel_dim)
+            if scale is not None and indices is not None:
+                chosen[id(scale)] = (scale, {layer.channel_dim: indices})
+    for tensor, dims in chosen.values():
+        for dim, indices in dims.items():
+            tensor.data = tensor.data.index_select(dim, indices.to(tensor.device))
+        tensor.grad = None
+    _update_sizes_(model)
+
+
+@torch.no_grad()
+def resize_(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give tensors other shapes, in place, with undefined contents on their own device (meta: before loading).
+
+    Raises:
+        ValueError: for a name that is no parameter or buffer of the model.
+    """
+    tensors = _tensors(model, shapes)
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != tuple(shape):
+            tensors[name].data = tensors[name].data.new_empty(tuple(shape))
+            tensors[name].grad = None
+    _update_sizes_(model)
+
+
+def set_attributes_(model: nn.Module, attributes: Mapping[str, int]) -> None:
+    """Set int attributes by dotted path: `module.attribute`, or `module.config.attribute` on the module's own config.
+
+    A config that is written to becomes a copy that only this module holds.
+
+    Raises:
+        ValueError: for a path that leads nowhere.
+    """
+    for path, value in attributes.items():
+        *steps, name = path.split(".")
+        owner: Any = model
+        for step in steps:
+            child = getattr(owner, step, None)
+            if child is not None and not isinstance(child, nn.Module):
+                child = copy.copy(child)
+                setattr(owner, step, child)
+            owner = child
+        if not isinstance(getattr(owner, name, None), int):
+            raise ValueError(f"{path}: {type(model).__name__} has no such int attribute.")
+        setattr(owner, name, value)
+
+
+def _tensors(model: nn.Module, names: Mapping[str, Any]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    if unknown := [name for name in names if name not in tensors]:
+        raise ValueError(f"{type(model).__name__} has no parameter or buffer {', '.join(unknown)}.")
+    return tensors
+
+
+def _update_sizes_(model: nn.Module) -> None:
+    """Make modules state the sizes that their tensors have."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            weight = getattr(module, "running_mean", None)  # a batch norm without an affine map
+        if not isinstance(weight, Tensor):
+            continue
+        for owner, attributes in SIZE_ATTRIBUTES:
+            if isinstance(module, owner):
+                for name, dim in attributes.items():
+                    setattr(module, name, weight.shape[dim])
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            module.normalized_shape = tuple(weight.shape)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            _update_convolution_(module, weight)
+
+
+def _update_convolution_(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:
+    """A grouped convolution loses whole groups: what one group holds stays as it is."""
+    first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+    if module.groups > 1:
+        module.groups = weight.shape[0] * module.groups // getattr(module, first)
+    setattr(module, first, weight.shape[0])
+    setattr(module, second, weight.shape[1] * module.groups)

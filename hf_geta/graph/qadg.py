@@ -1,0 +1,307 @@
+"""QADG: the quantization-aware dependency graph, reduced to what pruning needs to know of a model.
+
+The search space G of GETA (Qu et al., CVPR 2025, arXiv 2502.16638, Sec. 4: QADG): prunable axes and, for every entry of
+an axis, the slices of all parameters that go with it. Removing those slices, and zeroing them, give the same function.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_geta.checkpoint.manifest import read_manifest, write_manifest_
+from hf_geta.checkpoint.prune import set_attributes_, slice_
+from hf_geta.graph.axes import AxisNode, find, is_frozen, leaves
+from hf_geta.graph.capture import capture, named_tensors
+from hf_geta.graph.integers import Attribute, Equation, solve, substitute
+from hf_geta.graph.rules.context import Contraction
+from hf_geta.graph.search_space import SearchSpace, frozen_reasons, quantizer_tensors
+from hf_geta.graph.walk import Walk
+
+logger = logging.getLogger(__name__)
+
+Removed = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """What an axis owns of one tensor: its entry i owns `indices[i]` along `dim`; indices are int64 (size, k)."""
+
+    tensor: str
+    dim: int
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A prunable axis: `size` pruning groups, one per entry. `kind` says what an entry is, such as "attention_head"."""
+
+    name: str
+    kind: str
+    size: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Multiply-accumulates of one operator, of the whole model before pruning and for one forward of the inputs.
+
+    `axes` names the prunable axes whose sizes multiply `macs`; `weight` is None for a product of two activations. A
+    layer whose output concatenates different axes comes as several operations.
+    """
+
+    name: str
+    weight: str | None
+    macs: int
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Dimensions ("tensor[dim]") that cannot be pruned: why, and which operator in which module says so."""
+
+    reason: str
+    operator: str
+    module: str
+    dimensions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class QADG:
+    """The search space of a model, in names and index tensors only: it can be pickled and copied.
+
+    Attributes:
+        axes: the prunable axes, in the order of the model's parameters.
+        frozen: what is not prunable, and why.
+        operations: what the forward computes, for cost models.
+        equations: what int attributes of modules must satisfy when axes shrink.
+        attributes: the value of each of these attributes before pruning.
+    """
+
+    axes: tuple[Axis, ...]
+    frozen: tuple[Frozen, ...]
+    operations: tuple[Operation, ...]
+    equations: tuple[Equation, ...]
+    attributes: dict[Attribute, int]
+
+    @torch.no_grad()
+    def zero_(self, model: nn.Module, removed: Removed) -> None:
+        """Set all parameter entries that the removed groups own to zero, in place.
+
+        Args:
+            model: the model, or one with the same tensors (with quantizers swapped in).
+            removed: axis name -> indices of the groups to remove.
+
+        Raises:
+            ValueError: for an unknown axis, an index out of range, or an axis of which nothing would be left.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, dims in self._owned(removed).items():
+            for dim, indices in dims.items() if name in parameters else ():
+                parameters[name].index_fill_(dim, indices.to(parameters[name].device), 0)
+
+    @torch.no_grad()
+    def zero_groups(self, model: nn.Module) -> dict[str, list[int]]:
+        """The groups whose parameter entries are all exactly zero, as `zero_` and `prune` take them."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        found = {}
+        for axis in self.axes:
+            is_zero = torch.ones(axis.size, dtype=torch.bool)
+            for member in axis.members:
+                if (parameter := parameters.get(member.tensor)) is not None:
+                    lines = parameter.detach().transpose(0, member.dim).reshape(parameter.shape[member.dim], -1)
+                    zero_lines = (lines == 0).all(1).cpu()
+                    is_zero &= zero_lines[member.indices].all(1)
+            if is_zero.any():
+                found[axis.name] = is_zero.nonzero().flatten().tolist()
+        return found
+
+    def prune(self, model: nn.Module, removed: Removed) -> nn.Module:
+        """A physically smaller copy of `model` without the removed groups; `model` is left alone.
+
+        The copy computes what `model` computes after `zero_`. Int attributes that have to follow are set, and its
+        config says what changed, so that `save_pretrained` and `from_pretrained` work (with hf_geta imported).
+
+        Args:
+            model: the model, or one with the same tensors (with quantizers swapped in).
+            removed: axis name -> indices of the groups to remove.
+
+        Raises:
+            ValueError: for an unknown axis, an index out of range, or an axis of which nothing would be left.
+        """
+        small = copy.deepcopy(model)
+        owned = self._owned(removed)
+        tensors = named_tensors(small)
+        keep: dict[str, dict[int, Tensor]] = {}
+        for name, dims in owned.items():
+            for dim, indices in dims.items():
+                kept = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
+                kept[indices] = False
+                keep.setdefault(name, {})[dim] = kept.nonzero().flatten()
+        slice_(small, keep)
+        attributes = {path: value for path, value in self._attributes(removed).items() if _read(small, path) != value}
+        set_attributes_(small, attributes)
+        if hasattr(small, "config"):
+            self._describe_(model, small, attributes)
+        return small
+
+    def explain(self, name: str) -> str:
+        """What is known about an axis, or about each dimension of a parameter or buffer, in words.
+
+        Raises:
+            ValueError: for a name that is neither.
+        """
+        lines = []
+        for axis in self.axes:
+            for member in axis.members:
+                owned = f"{member.indices.shape[1]} entries per group"
+                if axis.name == name:
+                    lines.append(f"  {member.tensor}[{member.dim}]: {owned}")
+                elif member.tensor == name:
+                    lines.append(f"  dimension {member.dim}: {axis.name}, {axis.kind}, {axis.size} groups, {owned}")
+        for frozen in self.frozen:
+            for dimension in frozen.dimensions:
+                if dimension.rpartition("[")[0] == name:
+                    place = " in ".join(filter(None, (frozen.operator, frozen.module)))
+                    lines.append(f"  dimension {dimension.rpartition('[')[2][:-1]}: frozen, {frozen.reason}: {place}")
+        if not lines:
+            raise ValueError(f"{name!r} is no axis and no tensor of the forward; the axes are {self._names()}.")
+        return "\n".join([name, *sorted(lines)])
+
+    def explain_frozen(self) -> str:
+        """Which operators froze how many dimensions, and why, in one paragraph."""
+        counts: Counter[str] = Counter()
+        for frozen in self.frozen:
+            operator = f" by {frozen.operator}" if frozen.operator else ""
+            counts[f"{frozen.reason}{operator}"] += len(frozen.dimensions)
+        return "Frozen dimensions: " + "; ".join(f"{count} {why}" for why, count in counts.most_common()) + "."
+
+    def __str__(self) -> str:
+        rows = [("axis", "kind", "groups", "entries/group", "tensors")]
+        for axis in self.axes:
+            entries = sum(member.indices.shape[1] for member in axis.members)
+            rows.append((axis.name, axis.kind, str(axis.size), str(entries), str(len(axis.members))))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        total = sum(axis.size for axis in self.axes)
+        return "\n".join([*lines, f"{total} groups on {len(self.axes)} axes. {self.explain_frozen()}"])
+
+    def _names(self) -> str:
+        return ", ".join(axis.name for axis in self.axes) or "none"
+
+    def _owned(self, removed: Removed) -> dict[str, dict[int, Tensor]]:
+        """Tensor name -> dimension -> the flat indices that the removed groups own."""
+        axes = {axis.name: axis for axis in self.axes}
+        owned: dict[str, dict[int, list[Tensor]]] = {}
+        for name, groups in removed.items():
+            if name not in axes:
+                raise ValueError(f"{name!r} is no prunable axis; the axes are {self._names()}.")
+            axis = axes[name]
+            indices = sorted({int(group) for group in groups})
+            if indices and not 0 <= indices[0] <= indices[-1] < axis.size:
+                raise ValueError(f"{name} has groups 0 to {axis.size - 1}, not {indices}.")
+            if len(indices) == axis.size:
+                raise ValueError(f"{name}: all {axis.size} groups would go; keep at least one.")
+            for member in axis.members if indices else ():
+                slices = owned.setdefault(member.tensor, {}).setdefault(member.dim, [])
+                slices.append(member.indices[indices].flatten())
+        return {name: {dim: torch.cat(parts) for dim, parts in dims.items()} for name, dims in owned.items()}
+
+    def _attributes(self, removed: Removed) -> dict[str, int]:
+        sizes = {axis.name: axis.size - len(set(removed.get(axis.name, ()))) for axis in self.axes}
+        return {attribute.path: value for attribute, value in solve(self.equations, sizes, self.attributes).items()}
+
+    def _describe_(self, model: nn.Module, small: nn.Module, attributes: dict[str, int]) -> None:
+        """Say in the config of `small` how it differs from what the config builds."""
+        manifest = read_manifest(model)
+        before, after = named_tensors(model), named_tensors(small)
+        ignored = set(quantizer_tensors(model))
+        changed = {
+            name: tuple(tensor.shape)
+            for name, tensor in after.items()
+            if name not in ignored and tensor.shape != before[name].shape
+        }
+        shapes, values = {**manifest.shapes, **changed}, {**manifest.attributes, **attributes}
+        write_manifest_(small, replace(manifest, shapes=shapes, attributes=values))
+
+
+def build_qadg(model: nn.Module, inputs: Mapping[str, Any]) -> QADG:
+    """The search space of `model`, found by tracing one forward on fake tensors (no architecture is known by name).
+
+    Args:
+        model: any module that `torch.export` can trace; it is left untouched.
+        inputs: example inputs by argument name, as `model(**inputs)` takes them; only their shapes matter.
+
+    Raises:
+        ValueError: if the forward does not take these inputs, naming what it takes.
+    """
+    captured = capture(model, inputs)
+    walk = Walk(captured).run()
+    space = SearchSpace(walk, model)
+    names = {leaf: name for leaf, (name, _) in space.free.items()}
+    axes = [
+        Axis(name, kind, leaf.size, tuple(Member(slot.tensor, slot.dim, slot.indices) for slot in space.slots[leaf]))
+        for leaf, (name, kind) in space.free.items()
+    ]
+
+    def named(leaf: Any) -> Any:
+        return names.get(leaf, leaf)
+
+    equations = [
+        equation._replace(left=substitute(equation.left, named), right=substitute(equation.right, named))
+        for equation in space.equations
+    ]
+    operations = [operation for one in walk.axes.contractions for operation in _operations(one, names)]
+    qadg = QADG(tuple(axes), _frozen(space), tuple(operations), tuple(equations), captured.attributes)
+    logger.info("%s: %s", type(model).__name__, qadg)
+    return qadg
+
+
+def _operations(contraction: Contraction, names: Mapping[AxisNode, str]) -> Iterator[Operation]:
+    """The terms of the product of all loop sizes, each of which may be a sum (a concatenation)."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    for terms in itertools.product(*(_size_terms(axis, names) for axis in contraction.loops)):
+        macs = math.prod(count for count, _ in terms)
+        counts[tuple(sorted(itertools.chain.from_iterable(factors for _, factors in terms)))] += macs
+    for factors, macs in counts.items():
+        yield Operation(contraction.name, contraction.weight, macs, factors)
+
+
+def _size_terms(axis: AxisNode, names: Mapping[AxisNode, str]) -> list[tuple[int, tuple[str, ...]]]:
+    """The size of an axis as a sum of (count, prunable axes that it is proportional to)."""
+    axis = find(axis)
+    if is_frozen(axis) or not axis.parts:
+        return [(axis.size, (names[axis],) if axis in names else ())]
+    terms = [_size_terms(part, names) for part in axis.parts]
+    if not axis.is_product:
+        return list(itertools.chain.from_iterable(terms))
+    return [
+        (math.prod(count for count, _ in one), tuple(itertools.chain.from_iterable(factors for _, factors in one)))
+        for one in itertools.product(*terms)
+    ]
+
+
+def _frozen(space: SearchSpace) -> tuple[Frozen, ...]:
+    """The dimensions whose leaves are all frozen, by reason."""
+    grouped: dict[tuple[str, str, str], list[str]] = {}
+    for (tensor, dim), axis in space.dims.items():
+        if axis.size > 1 and not any(leaf in space.free for leaf in leaves(axis)):
+            reason = frozen_reasons(axis)[0]
+            grouped.setdefault((reason.text, reason.operator, reason.module), []).append(f"{tensor}[{dim}]")
+    return tuple(Frozen(*why, tuple(dimensions)) for why, dimensions in grouped.items())
+
+
+def _read(model: nn.Module, path: str) -> Any:
+    owner: Any = model
+    for step in path.split("."):
+        owner = getattr(owner, step)
+    return owner

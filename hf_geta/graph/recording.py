@@ -1,0 +1,156 @@
+"""While a model is traced: ints that remember their origin go in, and what operators are given of them is noted."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.overrides import TorchFunctionMode
+
+from hf_geta.graph.integers import (
+    Attribute,
+    Equation,
+    Expression,
+    SizeOf,
+    TracedInt,
+    expression_of,
+    flat_integers,
+    substitute,
+)
+
+SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+
+
+def trace_attributes_(model: nn.Module, equalities: list[Equation]) -> dict[Attribute, int]:
+    """Replace the int attributes of modules, and of the configs they hold, by traced ones; returns their values.
+
+    Every module gets a copy of its config, with `use_cache` off. The root's own config stays as it is: config.json is
+    written from it, so a pruned model cannot have another one.
+    """
+    found: dict[Attribute, int] = {}
+
+    def replace(owner: Any, prefix: str) -> None:
+        for name, value in list(owner.__dict__.items()):
+            path = f"{prefix}.{name}" if prefix else name
+            if type(value) is int:
+                found[Attribute(path)] = value
+                owner.__dict__[name] = TracedInt(value, Attribute(path), equalities)
+            elif is_config(value):
+                owner.__dict__[name] = config = copy.copy(value)
+                if hasattr(config, "use_cache"):
+                    config.__dict__["use_cache"] = False
+                if path != "config":
+                    replace(config, path)
+
+    for path, module in model.named_modules():
+        replace(module, path)
+    return found
+
+
+def is_config(value: Any) -> bool:
+    """Whether an object is a transformers config, told by what it can do."""
+    return hasattr(value, "model_type") and hasattr(value, "to_dict") and hasattr(value, "__dict__")
+
+
+class IntegerRecorder(TorchFunctionMode):
+    """While active, sizes read from tensors are `TracedInt`s, and nodes that are given traced ints are noted.
+
+    `integers` maps a node to all its int arguments in order, `equalities` has the comparisons that held in Python.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.integers: dict[fx.Node, list[int]] = {}
+        self.equalities: list[Equation] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        mode = get_proxy_mode()
+        if mode is None:
+            return result
+        if func == SHAPE_GETTER or func is torch.Tensor.size:
+            return self._traced_sizes(result, args, kwargs, mode.tracer)
+        if func is torch.Tensor.__getitem__:
+            self._record_slices(result, *args, tracer=mode.tracer)
+        else:
+            integers = list(flat_integers((args, kwargs)))
+            if any(isinstance(value, TracedInt) for value in integers):
+                self._record(result, integers, mode.tracer)
+        return result
+
+    def _traced_sizes(self, result: Any, args: Any, kwargs: Any, tracer: Any) -> Any:
+        if (node := node_of(args[0], tracer)) is None:
+            return result
+        if type(result) is int:
+            dim = args[1] if len(args) > 1 else kwargs["dim"]
+            return TracedInt(result, SizeOf(node, dim % args[0].ndim), self.equalities)
+        if not isinstance(result, torch.Size) or not all(type(size) is int for size in result):
+            return result
+        return torch.Size([TracedInt(size, SizeOf(node, dim), self.equalities) for dim, size in enumerate(result)])
+
+    def _record(self, result: Any, integers: list[int], tracer: Any) -> None:
+        is_sequence = isinstance(result, tuple | list)
+        node: Any = node_of(result[0] if is_sequence and result else result, tracer)
+        if node is not None and is_sequence:
+            node = node.args[0]  # split and its like: the results are getitem nodes
+        if not isinstance(node, fx.Node):
+            return
+        given = list(flat_integers((node.args, node.kwargs)))  # without trailing arguments that equal their default
+        if given == [int(value) for value in integers[: len(given)]]:
+            self.integers[node] = integers[: len(given)]
+
+    def _record_slices(self, result: Any, x: Any, index: Any, *, tracer: Any) -> None:
+        slices = [part for part in (index if isinstance(index, tuple) else (index,)) if isinstance(part, slice)]
+        if not any(isinstance(value, TracedInt) for part in slices for value in (part.start, part.stop)):
+            return
+        source, node = node_of(x, tracer), node_of(result, tracer)
+        chain: list[Any] = []
+        while isinstance(node, fx.Node) and node is not source and node.args:
+            if node.target is torch.ops.aten.slice.Tensor:
+                chain.insert(0, node)
+            node = node.args[0]
+        for node in chain:  # in the order of the dimensions, as the slices are; `:` leaves no node
+            dim, start, stop = (*node.args[1:4], None)[:3]
+            while slices:
+                part = slices.pop(0)
+                if (part.start or 0) == start and part.stop in (None, stop):
+                    self.integers[node] = [dim, part.start or 0, stop if part.stop is None else part.stop]
+                    break
+
+    def resolved(self, graph: fx.Graph) -> tuple[dict[str, list[int]], list[Equation]]:
+        """The notes by the names of the exported program's nodes; sizes that it no longer holds become constants."""
+        names = {node.name: node.target for node in graph.nodes}
+        inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
+
+        def name_of(node: fx.Node) -> str | None:
+            if node.op == "placeholder":  # renamed by the export; lifted constants come on top
+                traced = [other for other in node.graph.nodes if other.op == "placeholder"]
+                return inputs[traced.index(node)] if len(traced) == len(inputs) else None
+            return node.name if names.get(node.name) == node.target else None
+
+        def resolve(leaf: Any) -> Expression:
+            if not isinstance(leaf, SizeOf):
+                return leaf
+            name = name_of(leaf.node)
+            return leaf.node.meta["val"].shape[leaf.dim] if name is None else SizeOf(name, leaf.dim)
+
+        def resolve_all(values: list[int]) -> list[int]:
+            return [TracedInt(value, substitute(expression_of(value), resolve)) for value in values]
+
+        integers = {name: resolve_all(values) for node, values in self.integers.items() if (name := name_of(node))}
+        equalities = dict.fromkeys(
+            equation._replace(left=substitute(equation.left, resolve), right=substitute(equation.right, resolve))
+            for equation in self.equalities
+        )
+        return integers, [equation for equation in equalities if equation.left != equation.right]
+
+
+def node_of(value: Any, tracer: Any) -> Any:
+    """The graph node that computes a tensor while it is being traced; None for anything else."""
+    slot = get_proxy_slot(value, tracer, None) if isinstance(value, torch.Tensor) else None
+    proxy = getattr(slot, "proxy", slot)
+    return getattr(proxy, "node", None)

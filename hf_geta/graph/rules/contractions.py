@@ -1,0 +1,148 @@
+"""Operators that sum products: linear layers, matrix products, convolutions, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_geta.graph.axes import AxisNode, align, product
+from hf_geta.graph.rules.context import CONVOLVED, Axes, TensorAxes
+from hf_geta.graph.rules.registry import rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.linear)
+def linear(axes: Axes, x: TensorAxes, weight: TensorAxes, bias: TensorAxes | None = None) -> TensorAxes:
+    batch = [f"batch {dim}" for dim in range(len(x) - 1)]
+    out = ["out"] * (len(weight) - 1)
+    result = axes.contract((x, [*batch, "in"]), (weight, [*out, "in"]), [*batch, *out])
+    return _add(axes, result, bias)
+
+
+@rule(aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
+def matmul(axes: Axes, left: TensorAxes, right: TensorAxes, *_: Any) -> TensorAxes:
+    depth = max(len(left), len(right), 2) - 2
+    batch = [f"batch {dim}" for dim in range(depth)]
+    left_labels = [*batch[depth - len(left) + 2 :], "row", "sum"] if len(left) > 1 else ["sum"]
+    right_labels = [*batch[depth - len(right) + 2 :], "sum", "column"] if len(right) > 1 else ["sum"]
+    labels = [label for label in (*batch, "row", "column") if label in (*left_labels, *right_labels)]
+    return axes.contract((left, left_labels), (right, right_labels), labels)
+
+
+@rule(aten.addmm, aten.addbmm, aten.baddbmm, aten.addmv)
+def addmm(axes: Axes, bias: TensorAxes, left: TensorAxes, right: TensorAxes, *_: Any) -> TensorAxes:
+    return _add(axes, matmul(axes, left, right), bias)
+
+
+@rule(aten.einsum)
+def einsum(axes: Axes, equation: str, tensors: Sequence[TensorAxes], *_path: Any) -> TensorAxes:
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    labels = inputs.split(",")
+    repeated = any(len(set(term)) < len(term) for term in labels)
+    if len(tensors) != 2 or not arrow or "." in equation or repeated:
+        for tensor in tensors:
+            axes.freeze(tensor, "an einsum beyond products of two tensors with an explicit result")
+        return axes.frozen(axes.shape, "an einsum beyond products of two tensors with an explicit result")
+    return axes.contract((tensors[0], labels[0]), (tensors[1], labels[1]), output)
+
+
+@rule(aten.conv1d, aten.conv2d, aten.conv3d)
+def convolution(
+    axes: Axes,
+    x: TensorAxes,
+    weight: TensorAxes,
+    bias: TensorAxes | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> TensorAxes:
+    group, inner, outer, batch = _grouped(axes, x, weight, groups, channels=weight[0])
+    axes.contract(  # the sum over one group's input channels; positions follow below
+        (TensorAxes.of((group, inner)), ["group", "in"]),
+        (TensorAxes.of((group, outer, weight[1]), weight.parameter), ["group", "out", "in"]),
+        ["group", "out"],
+    )
+    return _convolved(axes, x, weight, bias, weight[0], batch)
+
+
+@rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
+def transposed_convolution(
+    axes: Axes,
+    x: TensorAxes,
+    weight: TensorAxes,
+    bias: TensorAxes | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> TensorAxes:
+    group, inner, rows, batch = _grouped(axes, x, weight, groups, channels=weight[0])
+    axes.contract(
+        (TensorAxes.of((group, inner)), ["group", "in"]),
+        (TensorAxes.of((group, rows, weight[1]), weight.parameter), ["group", "in", "out"]),
+        ["group", "out"],
+    )
+    return _convolved(axes, x, weight, bias, product((group, weight[1])), batch)
+
+
+def _grouped(
+    axes: Axes, x: TensorAxes, weight: TensorAxes, groups: int, channels: AxisNode
+) -> tuple[AxisNode, AxisNode, AxisNode, TensorAxes]:
+    """(group, the input's channels in one group, the weight's, batch axes): a grouped axis is group x the rest."""
+    batch = TensorAxes.of(x[: len(x) - len(weight) + 1])
+    axes.freeze((*x[len(batch) + 1 :], *weight[2:]), "convolved over")
+    group, inner = align([x[len(batch)]], (int(groups), x[len(batch)].size // groups))
+    weight_group, rest = align([channels], (int(groups), channels.size // groups))
+    group = axes.unify(group, weight_group)
+    axes.note(channels, CONVOLVED)
+    if groups > 1:
+        axes.require(groups, group, "a number of convolution groups")
+    return group, inner, rest, batch
+
+
+def _convolved(
+    axes: Axes, x: TensorAxes, weight: TensorAxes, bias: Any, channels: AxisNode, batch: TensorAxes
+) -> TensorAxes:
+    places = axes.frozen(axes.shape[len(batch) + 1 :], "convolved over")
+    # For a transposed convolution every input place, otherwise every output place, meets the whole kernel.
+    transposed = "transpose" in axes.operator
+    axes.contractions[-1].loops += [*batch, *(x[len(batch) + 1 :] if transposed else places), *weight[2:]]
+    if isinstance(bias, TensorAxes):
+        axes.unify(channels, bias[0])
+    return TensorAxes.of((*batch, channels, *places))
+
+
+@rule(aten.scaled_dot_product_attention)
+def attention(
+    axes: Axes,
+    query: TensorAxes,
+    key: TensorAxes,
+    value: TensorAxes,
+    mask: TensorAxes | None = None,
+    *_options: Any,
+) -> TensorAxes:
+    """Queries (..., heads, tokens, size), keys and values (..., key-value heads, places, size)."""
+    batch = [f"batch {dim}" for dim in range(len(query) - 2)]
+    if len(batch) and query[-3].size != key[-3].size:  # grouped queries: heads are (key-value head, its queries)
+        key_head, _queries = align([query[-3]], (key[-3].size, query[-3].size // key[-3].size))
+        axes.unify(key_head, key[-3], value[-3])
+        key, value = (TensorAxes.of((*kv[:-3], query[-3], *kv[-2:])) for kv in (key, value))
+    scores = axes.contract(
+        (query, [*batch, "token", "size"]), (key, [*batch, "place", "size"]), [*batch, "token", "place"], "scores"
+    )
+    axes.freeze(scores[-1], "normalized over")
+    if isinstance(mask, TensorAxes):
+        axes.broadcast([mask, scores], scores.sizes)
+    axes.freeze(value[-1], "the size of a head")
+    return axes.contract(
+        (scores, [*batch, "token", "place"]), (value, [*batch, "place", "size"]), [*batch, "token", "size"], "values"
+    )
+
+
+def _add(axes: Axes, result: TensorAxes, bias: Any) -> TensorAxes:
+    return axes.broadcast([result, bias], result.sizes) if isinstance(bias, TensorAxes) else result

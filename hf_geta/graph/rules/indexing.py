@@ -1,0 +1,93 @@
+"""Operators that choose entries by number, and tensors that are made in the forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_geta.graph.integers import flat_integers
+from hf_geta.graph.rules.context import LOOKED_UP, Axes, TensorAxes
+from hf_geta.graph.rules.registry import rule
+
+aten = torch.ops.aten
+
+BY_NUMBER = "chosen by number"
+
+
+@rule(aten.embedding)
+def embedding(axes: Axes, weight: TensorAxes, indices: TensorAxes, *_: Any) -> TensorAxes:
+    axes.freeze(weight[0], "looked up by number")
+    axes.note(weight[1], LOOKED_UP)
+    return TensorAxes.of((*indices, weight[1]))
+
+
+@rule(aten.index_select)
+def index_select(axes: Axes, x: TensorAxes, dim: int, index: TensorAxes) -> TensorAxes:
+    axes.freeze((x[dim], *index), BY_NUMBER)
+    result = list(x)
+    result[dim] = index[0] if index else axes.frozen((1,), BY_NUMBER)[0]
+    return TensorAxes.of(result)
+
+
+@rule(aten.index.Tensor)
+def index(axes: Axes, x: TensorAxes, indices: Sequence[TensorAxes | None]) -> TensorAxes:
+    """x[indices]: indexed dimensions are frozen, the others go through; indices side by side keep their place."""
+    used = [dim for dim, tensor in enumerate(indices) if tensor is not None]
+    axes.freeze([x[dim] for dim in used], BY_NUMBER)
+    for tensor in indices:
+        axes.freeze(tensor or (), BY_NUMBER)
+    others = [axis for dim, axis in enumerate(x) if dim not in used]
+    place = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    chosen = axes.shape[place : place + len(axes.shape) - len(others)]
+    return TensorAxes.of((*others[:place], *axes.frozen(chosen, BY_NUMBER), *others[place:]))
+
+
+@rule(aten.gather, aten.scatter, aten.scatter_add, aten.scatter_reduce, aten.take_along_dim)
+def gather(axes: Axes, x: TensorAxes, dim: int, index: TensorAxes, *source: Any) -> TensorAxes:
+    """Along `dim` entries are chosen; along the others they stay where they are, if all sizes agree."""
+    tensors = [x, index, *(tensor for tensor in source if isinstance(tensor, TensorAxes) and tensor)]
+    result = []
+    for number, size in enumerate(axes.shape):
+        group = [tensor[number] for tensor in tensors]
+        if number == dim % len(x) or len({axis.size for axis in group}) > 1:
+            axes.freeze(group, BY_NUMBER)
+            result.append(axes.frozen((size,), BY_NUMBER)[0])
+        else:
+            result.append(axes.unify(*group))
+    return TensorAxes.of(result)
+
+
+@rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn, aten.scalar_tensor, aten.empty_strided)
+def created(axes: Axes, sizes: Any, *_: Any) -> TensorAxes:
+    """A tensor whose entries are all alike (or random) fits whatever it meets, at the size the forward asks for."""
+    return _created(axes, sizes)
+
+
+@rule(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
+def created_from(axes: Axes, _x: TensorAxes, sizes: Any, *_: Any) -> TensorAxes:
+    return _created(axes, sizes)
+
+
+@rule(aten.arange, aten.linspace, aten.eye, aten.tril_indices, aten.triu_indices)
+def counted(axes: Axes, *_: Any) -> TensorAxes:
+    return axes.frozen(axes.shape, "made of numbers in the forward")
+
+
+@rule(aten.tril, aten.triu)
+def triangle(axes: Axes, x: TensorAxes, *_: Any) -> TensorAxes:
+    axes.freeze(x[-2:], "cut to a triangle")
+    return TensorAxes.of(x)
+
+
+@rule(aten.one_hot)
+def one_hot(axes: Axes, x: TensorAxes, *_: Any) -> TensorAxes:
+    return TensorAxes.of((*x, *axes.frozen(axes.shape[-1:], BY_NUMBER)))
+
+
+def _created(axes: Axes, sizes: Any) -> TensorAxes:
+    result = axes.fresh(axes.shape)
+    for axis, size in zip(result, flat_integers(sizes), strict=False):
+        axes.require(size, axis, "a size of a tensor made in the forward")
+    return result

@@ -1,0 +1,201 @@
+"""Operators that move entries around without computing: views, permutations, pieces, repetitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_geta.graph.axes import AxisNode, align, concatenation, cut, product
+from hf_geta.graph.integers import Expression, Operation, expression_of
+from hf_geta.graph.rules.context import Axes, TensorAxes
+from hf_geta.graph.rules.registry import rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.view, aten.reshape, aten._unsafe_view, aten.view_copy, keeps_zeros=True)
+def view(axes: Axes, x: TensorAxes, sizes: Any, *_: Any) -> TensorAxes:
+    if not isinstance(sizes, Sequence):  # view(dtype)
+        return axes.frozen(axes.shape, "reinterpreted as another type")
+    result = align(x, axes.shape)
+    for axis, size in zip(result, sizes, strict=True):
+        if size != -1:
+            axes.require(size, axis, "a size in a view")
+    return TensorAxes.of(result)
+
+
+@rule(aten.flatten, aten.unflatten, aten.view_as, aten.reshape_as, keeps_zeros=True)
+def view_by_shape(axes: Axes, x: TensorAxes, other: Any = None, sizes: Any = (), *_: Any) -> TensorAxes:
+    result = align(x, axes.shape)
+    if isinstance(other, TensorAxes):
+        result = [axes.unify(axis, target) for axis, target in zip(result, other, strict=True)]
+    elif isinstance(sizes, Sequence):  # unflatten(x, dim, sizes)
+        for axis, size in zip(result[other % len(x) :], sizes, strict=False):
+            if size != -1:
+                axes.require(size, axis, "a size in a view")
+    return TensorAxes.of(result)
+
+
+@rule(aten.squeeze, keeps_zeros=True)
+def squeeze(axes: Axes, x: TensorAxes, dims: Any = None, *_: Any) -> TensorAxes:
+    chosen = range(len(x)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {dim % len(x) for dim in chosen if x and x[dim].size == 1}
+    return TensorAxes.of(axis for dim, axis in enumerate(x) if dim not in gone)
+
+
+@rule(aten.unsqueeze, keeps_zeros=True)
+def unsqueeze(axes: Axes, x: TensorAxes, dim: int) -> TensorAxes:
+    dim %= len(x) + 1
+    return TensorAxes.of((*x[:dim], AxisNode(1), *x[dim:]))
+
+
+@rule(aten.permute, keeps_zeros=True)
+def permute(axes: Axes, x: TensorAxes, dims: Sequence[int]) -> TensorAxes:
+    return TensorAxes.of(x[dim] for dim in dims)
+
+
+@rule(aten.transpose, aten.swapaxes, aten.swapdims, keeps_zeros=True)
+def transpose(axes: Axes, x: TensorAxes, first: int, second: int) -> TensorAxes:
+    order = list(range(len(x)))
+    order[first], order[second] = order[second], order[first]
+    return TensorAxes.of(x[dim] for dim in order)
+
+
+@rule(aten.t, aten.mT, aten.adjoint, aten.matrix_H, keeps_zeros=True)
+def matrix_transpose(axes: Axes, x: TensorAxes) -> TensorAxes:
+    return TensorAxes.of((*x[:-2], *reversed(x[-2:])))
+
+
+@rule(aten.movedim, aten.moveaxis, keeps_zeros=True)
+def movedim(axes: Axes, x: TensorAxes, source: Any, target: Any) -> TensorAxes:
+    pairs = [(source, target)] if isinstance(source, int) else zip(source, target, strict=True)
+    placed = {to % len(x): origin % len(x) for origin, to in pairs}
+    rest = iter(dim for dim in range(len(x)) if dim not in placed.values())
+    return TensorAxes.of(x[placed[dim] if dim in placed else next(rest)] for dim in range(len(x)))
+
+
+@rule(aten.expand, aten.broadcast_to)
+def expand(axes: Axes, x: TensorAxes, sizes: Sequence[int], *_: Any) -> TensorAxes:
+    result = axes.broadcast([x], axes.shape)
+    for axis, size in zip(result, sizes, strict=True):
+        if size != -1:
+            axes.require(size, axis, "a size in an expand")
+    result.parameter = x.parameter if result.sizes == x.sizes else None
+    return result
+
+
+@rule(aten.expand_as)
+def expand_as(axes: Axes, x: TensorAxes, other: TensorAxes) -> TensorAxes:
+    return axes.broadcast([x, other], axes.shape)
+
+
+@rule(aten.repeat)
+def repeat(axes: Axes, x: TensorAxes, times: Sequence[int]) -> TensorAxes:
+    padded = (*(AxisNode(1) for _ in range(len(times) - len(x))), *x)
+    return TensorAxes.of(product((_copies(axes, count), axis)) for count, axis in zip(times, padded, strict=True))
+
+
+@rule(aten.repeat_interleave.self_int)
+def repeat_interleave(axes: Axes, x: TensorAxes, count: int, dim: int | None = None, *_: Any) -> TensorAxes:
+    flat = TensorAxes.of((product(x),)) if dim is None else x
+    dim = (dim or 0) % len(flat)
+    return TensorAxes.of((*flat[:dim], product((flat[dim], _copies(axes, count))), *flat[dim + 1 :]))
+
+
+def _copies(axes: Axes, count: int) -> AxisNode:
+    axis = AxisNode(int(count))
+    axes.require(count, axis, "a number of repetitions")
+    return axis
+
+
+@rule(aten.cat, aten.concat, aten.concatenate, keeps_zeros=True)
+def cat(axes: Axes, tensors: Sequence[TensorAxes], dim: int = 0) -> TensorAxes:
+    tensors = [axes_of for axes_of in tensors if axes_of.sizes != (0,)]  # what torch skips
+    result = [axes.unify(*group) for group in zip(*_without(tensors, dim), strict=True)]
+    result.insert(dim % len(tensors[0]), concatenation(tensor[dim] for tensor in tensors))
+    return TensorAxes.of(result)
+
+
+@rule(aten.stack)
+def stack(axes: Axes, tensors: Sequence[TensorAxes], dim: int = 0) -> TensorAxes:
+    result = [axes.unify(*group) for group in zip(*tensors, strict=True)]
+    result.insert(dim % (len(result) + 1), *axes.frozen((len(tensors),), "stacked one by one"))
+    return TensorAxes.of(result)
+
+
+def _without(tensors: Sequence[TensorAxes], dim: int) -> list[TensorAxes]:
+    dim %= len(tensors[0])
+    return [TensorAxes.of((*tensor[:dim], *tensor[dim + 1 :])) for tensor in tensors]
+
+
+@rule(aten.select.int, keeps_zeros=True)
+def select(axes: Axes, x: TensorAxes, dim: int, index: int) -> TensorAxes:
+    dim %= len(x)
+    axes.freeze(x[dim], "one entry is picked by its number")
+    return TensorAxes.of((*x[:dim], *x[dim + 1 :]))
+
+
+@rule(aten.unbind, keeps_zeros=True)
+def unbind(axes: Axes, x: TensorAxes, dim: int = 0) -> list[TensorAxes]:
+    return [select(axes, x, dim, index) for index in range(x[dim].size)]
+
+
+@rule(aten.slice.Tensor, keeps_zeros=True)
+def slice_(
+    axes: Axes, x: TensorAxes, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1
+) -> TensorAxes:
+    dim %= len(x)
+    size = x[dim].size
+    first, last, _ = slice(start, stop, step).indices(size)
+    if step != 1:
+        axes.freeze(x[dim], "sliced with a step")
+        kept = axes.frozen(axes.shape[dim : dim + 1], "sliced with a step")[0]
+    else:
+        before, kept, _ = cut(x[dim], (first, max(last - first, 0), size - max(first, last)))
+        if first > 0:
+            axes.require(_from_start(start, x[dim]), before, "the start of a slice")
+        if last < size:
+            axes.require(_from_start(stop, x[dim]), concatenation((before, kept)), "the end of a slice")
+        elif stop is not None and int(stop) == size and not isinstance(expression_of(stop), int):
+            axes.require(stop, x[dim], "the end of a slice")
+        elif stop is not None and int(stop) < 2 * size:
+            axes.freeze(x[dim], "sliced at a constant")
+    return TensorAxes.of((*x[:dim], kept, *x[dim + 1 :]))
+
+
+def _from_start(bound: int | None, axis: AxisNode) -> Expression:
+    """A bound of a slice, counted from the start as an expression."""
+    expression = expression_of(bound)
+    return expression if int(bound or 0) >= 0 else Operation("+", axis, expression)
+
+
+@rule(aten.narrow, keeps_zeros=True)
+def narrow(axes: Axes, x: TensorAxes, dim: int, start: int, length: int) -> TensorAxes:
+    if isinstance(start, TensorAxes):
+        axes.freeze(x[dim], "sliced at a computed place")
+        return TensorAxes.of((*x[:dim], *axes.frozen((length,), "sliced at a computed place"), *x[dim:][1:]))
+    return slice_(axes, x, dim, start, start + length)
+
+
+@rule(aten.split, aten.split_with_sizes, aten.unsafe_split, keeps_zeros=True)
+def split(axes: Axes, x: TensorAxes, sizes: Any, dim: int = 0) -> list[TensorAxes]:
+    dim %= len(x)
+    pieces = cut(x[dim], [shape[dim] for shape in axes.shape])
+    for number, piece in enumerate(pieces):
+        axes.require(sizes if isinstance(sizes, int) else sizes[number], piece, "a size in a split")
+    return [TensorAxes.of((*x[:dim], piece, *x[dim + 1 :])) for piece in pieces]
+
+
+@rule(aten.chunk, aten.unsafe_chunk, keeps_zeros=True)
+def chunk(axes: Axes, x: TensorAxes, count: int, dim: int = 0) -> list[TensorAxes]:
+    dim %= len(x)
+    pieces = cut(x[dim], [shape[dim] for shape in axes.shape])
+    # torch cuts at multiples of ceil(size / count)
+    length = Operation("//", Operation("+", x[dim], int(count) - 1), int(count))
+    for piece in pieces[:-1]:
+        axes.require(length, piece, "the size of a chunk")
+    if len(pieces) != int(count):
+        axes.freeze(x[dim], "cut into uneven chunks")
+    return [TensorAxes.of((*x[:dim], piece, *x[dim + 1 :])) for piece in pieces]

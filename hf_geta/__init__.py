@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+import hf_geta.hf_quantizer  # noqa: F401  # registers quant_method "geta"
 from hf_geta.config import GETAConfig
 
 if TYPE_CHECKING:

@@ -7,12 +7,11 @@ In the state dict, `weight` is the flat stream of codes (uint8) and `step_size` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta.checkpoint.manifest import LayerManifest
@@ -196,23 +195,3 @@ def replace_with_packed_(model: nn.Module, layers: Mapping[str, LayerManifest]) 
         if layer.shared_with:  # transformers would look for a parameter to tie
             getattr(model, "all_tied_weights_keys", {}).pop(f"{name}.weight", None)
     return packed
-
-
-def without_conversions_of(conversions: Iterable[Any], layers: Iterable[str]) -> list[Any]:
-    """transformers' conversions between file and modules, without those that reach into the packed layers.
-
-    Some families save q, k and v as one tensor, and cut it when loading. Codes of different widths cannot be joined,
-    so packed layers are saved as they are. Renamings stay.
-    """
-    tensors = [f"{name}.{tensor}" for name in layers for tensor in ("weight", "bias")]
-
-    def reaches(conversion: Any) -> bool:
-        if not isinstance(conversion, WeightConverter):
-            return False
-        try:
-            reverse = conversion.reverse_transform()
-        except NotImplementedError:
-            return False  # it never wrote a file
-        return any(reverse.rename_source_key(tensor)[1] is not None for tensor in tensors)
-
-    return [conversion for conversion in conversions if not reaches(conversion)]

@@ -1,7 +1,8 @@
 """What config.json says about a compressed model: `quantization_config` with `quant_method: "geta"`.
 
 It holds what the model's own config cannot say: tensors that are smaller than the config builds them, attributes
-that had to follow, and the width of every packed layer. Names are those of the model's modules and tensors.
+that had to follow, and the width of every packed layer. In config.json the names are those of the file of weights,
+in the program those of the model's modules and tensors; `names.py` has the map.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_geta.checkpoint.names import Rename, file_to_module, module_to_file
 from hf_geta.config import GRANULARITIES, MAX_BITS, MIN_BITS
 
 QUANT_METHOD = "geta"
@@ -92,7 +94,7 @@ class Manifest:
 
 
 def read_manifest(model: nn.Module) -> Manifest:
-    """The manifest in `model.config`; empty where the model is not compressed.
+    """The manifest in `model.config`, in the names of the model's modules; empty where it is not compressed.
 
     Raises:
         ValueError: if the model carries the quantization of another method.
@@ -105,16 +107,24 @@ def read_manifest(model: nn.Module) -> Manifest:
         raise ValueError(
             f"the model is quantized by {values.get('quant_method')!r} already; start from the unquantized model."
         )
-    return Manifest.from_dict(values)
+    here = _Finder(model)
+    tensor, attribute, layer = (_or_unchanged(find) for find in (here.tensor, here.attribute, here.layer))
+    return _rename(Manifest.from_dict(values), tensor, attribute, layer)
 
 
 def write_manifest_(model: nn.Module, manifest: Manifest) -> None:
     """Put the manifest into `model.config`, so that `save_pretrained` writes it."""
-    model.config.quantization_config = manifest.to_dict()  # type: ignore[union-attr]
+    model.config.quantization_config = in_file_names(manifest, model).to_dict()  # type: ignore[union-attr]
+
+
+def in_file_names(manifest: Manifest, model: nn.Module) -> Manifest:
+    """The manifest as config.json has it, from one in the names of the modules of `model`."""
+    rename = module_to_file(model)
+    return _rename(manifest, rename, rename, lambda name: _of_layer(rename, name))
 
 
 def fit_manifest(manifest: Manifest, model: nn.Module) -> Manifest:
-    """The manifest in the names of `model`, the uncompressed model that the config builds.
+    """A manifest from config.json in the names of `model`, the uncompressed model that the config builds.
 
     As in transformers, a checkpoint of `BertForX` loads into `BertModel` (the prefix goes, the head is left out) and
     the other way round (the prefix comes).
@@ -122,62 +132,93 @@ def fit_manifest(manifest: Manifest, model: nn.Module) -> Manifest:
     Raises:
         ValueError: for a name that the model does not have, or a shape that does not fit into the model's.
     """
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    shapes = _rename("shapes", manifest.shapes, model, tensors.__contains__)
-    layers = _rename("layers", manifest.layers, model, modules.__contains__)
-    attributes = _rename("attributes", manifest.attributes, model, lambda path: _is_size(_attribute(modules, path)))
-    for name, shape in shapes.items():
-        _check_fits(name, shape, tensors[name].shape)
-    for name, layer in layers.items():
-        weight = tensors.get(f"{name}.weight")
+    here = _Finder(model)
+    fitted = _rename(
+        manifest,
+        lambda name: here.require("shapes", name, here.tensor),
+        lambda name: here.require("attributes", name, here.attribute),
+        lambda name: here.require("layers", name, here.layer),
+    )
+    for name, shape in fitted.shapes.items():
+        _check_fits(name, shape, here.tensors[name].shape)
+    for name, layer in fitted.layers.items():
+        weight = here.tensors.get(f"{name}.weight")
         if weight is None:
-            raise ValueError(f"layers: {name} is a {type(modules[name]).__name__}, which has no weight to pack.")
+            raise ValueError(f"layers: {name} is a {type(here.modules[name]).__name__}, which has no weight to pack.")
         _check_fits(f"{name}.weight", layer.shape, weight.shape)
-    names = {old: new for old in manifest.layers if (new := _locate(old, model, modules.__contains__))}
-    layers = {
-        name: dataclasses.replace(layer, shared_with=names[layer.shared_with]) if layer.shared_with else layer
-        for name, layer in layers.items()
-    }
-    return Manifest(shapes=shapes, attributes=attributes, layers=layers)
+    return fitted
+
+
+class _Finder:
+    """Names from config.json -> names in one model, as `from_pretrained` finds them; None where there is none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        self._rename = file_to_module(model)
+
+    def tensor(self, name: str) -> str | None:
+        return self._first((self._rename(name), name), self.tensors.__contains__)
+
+    def layer(self, name: str) -> str | None:
+        return self._first((_of_layer(self._rename, name), name), self.modules.__contains__)
+
+    def attribute(self, path: str) -> str | None:
+        return self._first((self._rename(path), path), lambda found: _is_size(self._value(found)))
+
+    def require(self, section: str, name: str, find: Callable[[str], str | None]) -> str | None:
+        """What `find` finds; None only for the head of another class of model."""
+        if (found := find(name)) is not None:
+            return found
+        saved_from = getattr(self.model.config, "architectures", None) or [type(self.model).__name__]
+        if type(self.model).__name__ not in saved_from and not name.startswith(self.prefix):
+            return None
+        raise ValueError(
+            f"{section}: {type(self.model).__name__} has no {name!r}: the checkpoint was made with another model "
+            "class or with a newer transformers."
+        )
+
+    def _first(self, names: Sequence[str], exists: Callable[[str], bool]) -> str | None:
+        candidates = [each for name in names for each in (name, name.removeprefix(self.prefix), self.prefix + name)]
+        return next((name for name in candidates if exists(name)), None)
+
+    def _value(self, path: str) -> Any:
+        """The value at `module.attribute` or `module.config.attribute`; None where there is no such thing."""
+        owner, _, attribute = path.rpartition(".")
+        if owner in self.modules:
+            return getattr(self.modules[owner], attribute, None)
+        module, _, config = owner.rpartition(".")
+        return getattr(getattr(self.modules.get(module), config, None), attribute, None)
 
 
 def _rename(
-    section: str, entries: Mapping[str, Any], model: nn.Module, exists: Callable[[str], bool]
-) -> dict[str, Any]:
-    """`entries` under the names of `model`; those of a head that this class of model does not have are left out."""
-    renamed = {}
-    for name, entry in entries.items():
-        if (found := _locate(name, model, exists)) is not None:
-            renamed[found] = entry
-        elif not _may_belong_to_another_head(name, model):
-            raise ValueError(
-                f"{section}: {type(model).__name__} has no {name!r}: the checkpoint was made with another model class "
-                "or with another version of transformers."
-            )
-    return renamed
+    manifest: Manifest,
+    tensor: Callable[[str], str | None],
+    attribute: Callable[[str], str | None],
+    layer: Callable[[str], str | None],
+) -> Manifest:
+    """The manifest under new names, without the entries whose name becomes None."""
+    layers = {
+        name: dataclasses.replace(entry, shared_with=entry.shared_with and layer(entry.shared_with))
+        for old, entry in manifest.layers.items()
+        if (name := layer(old)) is not None
+    }
+    return Manifest(
+        shapes={name: shape for old, shape in manifest.shapes.items() if (name := tensor(old)) is not None},
+        attributes={name: value for old, value in manifest.attributes.items() if (name := attribute(old)) is not None},
+        layers=layers,
+    )
 
 
-def _locate(name: str, model: nn.Module, exists: Callable[[str], bool]) -> str | None:
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if exists(candidate):
-            return candidate
-    return None
+def _or_unchanged(find: Callable[[str], str | None]) -> Rename:
+    return lambda name: find(name) or name
 
 
-def _may_belong_to_another_head(name: str, model: nn.Module) -> bool:
-    saved_from = getattr(model.config, "architectures", None) or [type(model).__name__]
-    return type(model).__name__ not in saved_from and not name.startswith(f"{model.base_model_prefix}.")
-
-
-def _attribute(modules: Mapping[str, nn.Module], path: str) -> Any:
-    """The value at `module.attribute` or `module.config.attribute`; None where there is no such thing."""
-    owner, _, attribute = path.rpartition(".")
-    if owner in modules:
-        return getattr(modules[owner], attribute, None)
-    module, _, config = owner.rpartition(".")
-    return getattr(getattr(modules.get(module), config, None), attribute, None)
+def _of_layer(rename: Rename, name: str) -> str:
+    """transformers' renamings know tensors only: a layer is asked for by its weight."""
+    return rename(f"{name}.weight").removesuffix(".weight")
 
 
 def _parse_layer(name: str, values: Mapping[str, Any]) -> LayerManifest:

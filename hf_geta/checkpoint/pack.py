@@ -8,11 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange
 
-from hf_geta.checkpoint.layers import PackedLayer, packed_class, replace_with_packed_, without_conversions_of
+from hf_geta.checkpoint.layers import PackedLayer, packed_class, replace_with_packed_
 from hf_geta.checkpoint.manifest import LayerManifest, read_manifest, write_manifest_
+from hf_geta.checkpoint.names import saving_conversions, without_conversions_of
 from hf_geta.checkpoint.packing import pack_codes
 from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
@@ -39,15 +38,15 @@ def pack_model_(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError("the model has no quantized layer to pack; save a model that is only pruned as it is.")
     _check_sharing(model, layers)
     manifests = _describe(layers)
+    pruned = read_manifest(model)
     packed = replace_with_packed_(model, manifests)
     for name, layer in packed.items():
         _fill_(layer, layers[name])
-    pruned = read_manifest(model)
     tensors = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
     tensors -= {f"{name}.weight" for name in manifests}  # their shapes are in `layers`
     shapes = {tensor: shape for tensor, shape in pruned.shapes.items() if tensor in tensors}
-    write_manifest_(model, dataclasses.replace(pruned, shapes=shapes, layers=manifests))
     _keep_out_of_conversions_(model, manifests)
+    write_manifest_(model, dataclasses.replace(pruned, shapes=shapes, layers=manifests))
     return model
 
 
@@ -119,12 +118,8 @@ def _fill_(packed: PackedLayer, layer: QuantizedLayer) -> None:
 
 
 def _keep_out_of_conversions_(model: PreTrainedModel, manifests: Mapping[str, LayerManifest]) -> None:
-    """Have `save_pretrained` write packed tensors under names it can load, where a family joins q, k and v."""
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:
-        # What `save_pretrained` would use for a model that was not loaded.
-        every = get_model_conversion_mapping(model, add_legacy=False)
-        conversions = [conversion for conversion in every if not isinstance(conversion, PrefixChange)]
+    """Have `save_pretrained` write packed tensors one by one, also where a family joins q, k and v."""
+    conversions = saving_conversions(model)
     kept = without_conversions_of(conversions, manifests)
     if len(kept) < len(conversions):
         model._weight_conversions = kept  # type: ignore[assignment]

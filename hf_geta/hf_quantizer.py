@@ -1,0 +1,137 @@
+"""The plug-in: `from_pretrained` and `save_pretrained` for compressed checkpoints, once hf_geta is imported.
+
+transformers builds the dense model on the meta device; there it gets its pruned shapes and packed layers, and then
+transformers loads the tensors by name as for any model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_geta.checkpoint.layers import PackedLayer, replace_with_packed_
+from hf_geta.checkpoint.manifest import QUANT_METHOD, Manifest, fit_manifest, in_file_names
+from hf_geta.checkpoint.names import without_conversions_of
+from hf_geta.checkpoint.prune import resize_, set_attributes_
+
+
+class GETAQuantizationConfig(QuantizationConfigMixin):
+    """The manifest of a compressed checkpoint, as transformers carries it in `config.quantization_config`.
+
+    Raises:
+        ValueError: for a manifest that this version cannot read (`Manifest.from_dict`).
+    """
+
+    def __init__(self, **values: Any) -> None:
+        self.quant_method: Any = QUANT_METHOD
+        self.manifest = Manifest.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds under `quantization_config`."""
+        return self.manifest.to_dict()
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.to_dict().items()
+
+
+class GETAHfQuantizer(HfQuantizer):
+    """Loads a compressed checkpoint: pruned shapes and attributes, then packed layers, then tensors by name.
+
+    Raises:
+        ValueError: for a manifest that does not fit the model, for tensors that do not fit the manifest, and where
+            `quantization_config` is given for a dense checkpoint: compression is training, not loading.
+    """
+
+    requires_calibration = True  # the base class refuses checkpoints that are not compressed
+    quantization_config: GETAQuantizationConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        manifest = fit_manifest(self.quantization_config.manifest, model)
+        weights = {f"{name}.weight": layer.shape for name, layer in manifest.layers.items()}
+        resize_(model, {**manifest.shapes, **weights})
+        set_attributes_(model, manifest.attributes)
+        dtypes = _float_dtypes(model)
+        replace_with_packed_(model, manifest.layers)
+        for name, layer in _packed_layers(model):
+            layer.weight_dtype = dtypes[f"{name}.weight"]
+        self._manifest, self._dtypes = manifest, dtypes
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """The model's conversions between file and modules, without those that would cut or join packed tensors."""
+        return without_conversions_of(weight_conversions, self._manifest.layers)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        _check_loaded(model, self._shapes)
+        # transformers 5.17 leaves tensors that it renamed in the file's dtype.
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point() and tensor.dtype != self._dtypes.get(name, tensor.dtype):
+                tensor.data = tensor.data.to(self._dtypes[name])
+        # Saved again, it speaks of this class of model, with or without the head.
+        self.quantization_config.manifest = in_file_names(self._manifest, model)
+        if not self._manifest.layers:
+            _unmark_as_quantized(model)
+
+    def is_serializable(self) -> bool:
+        """True: a loaded model saves to the bytes that it was loaded from."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Only without packed layers: their weights are integers, which no gradient reaches."""
+        return not self.quantization_config.manifest.layers
+
+
+def _float_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """The dtype that each dense float tensor is to have: as built, or float32 where the model's class insists on it."""
+    plan = model._get_dtype_plan(model.dtype)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for pattern, planned in plan.items():
+        expression = re.compile(pattern.replace("*", ".*"))
+        dtypes.update({name: planned for name in dtypes if expression.search(name)})
+    return dtypes
+
+
+def _packed_layers(model: PreTrainedModel) -> Iterator[tuple[str, PackedLayer]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
+
+
+def _check_loaded(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None:
+    """Refuse tensors of another shape, which transformers 5.17 lets pass, and packed layers without their tensors."""
+    for name, tensor in model.state_dict().items():
+        if tensor.shape != shapes[name]:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)} in the checkpoint's file, and {list(shapes[name])} by its "
+                "config.json: the two are not from one save; get them again."
+            )
+    if hasattr(model, "hf_device_map"):
+        return  # spread over devices, where tensors are replaced and lose the mark
+    for layer_name, layer in _packed_layers(model):
+        for name, buffer in layer._buffers.items():
+            if not getattr(buffer, "_is_hf_initialized", False):
+                raise ValueError(f"{layer_name}.{name} is not in the checkpoint's file: get the file again.")
+
+
+def _unmark_as_quantized(model: PreTrainedModel) -> None:
+    """A model that is only pruned is an ordinary model: it trains, casts and saves as such."""
+    model.is_quantized = False  # type: ignore[assignment]
+    del model.hf_quantizer, model.quantization_method
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+            del module.config._is_quantized
+
+
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # importing it again, say in a reload, changes nothing
+    register_quantization_config(QUANT_METHOD)(GETAQuantizationConfig)
+    register_quantizer(QUANT_METHOD)(GETAHfQuantizer)

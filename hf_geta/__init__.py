@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-import hf_geta.hf_quantizer  # noqa: F401  # registers quant_method "geta"
 from hf_geta.config import GETAConfig
+
+importlib.import_module("hf_geta.hf_quantizer")  # registers quant_method "geta"; nothing here uses its names
 
 if TYPE_CHECKING:
     from hf_geta.compress import create_optimizer, finalize_model, prepare_model

@@ -80,7 +80,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16, clip_
             _forward(model, batch)
     _reduce(statistics, layers)
     for name, layer in layers.items():
-        if name in statistics:
+        if layer.input_quantizer is not None and name in statistics:
             clip_max = statistics[name].clip_max(clip_bits)
             layer.input_quantizer.set_range_(clip_max, bits, statistics[name].signed)
         else:

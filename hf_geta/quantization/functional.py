@@ -94,7 +94,7 @@ class _FakeQuantize(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *grid = ctx.saved_tensors
-        return *kernels.backward(grad, x, Grid(*grid, ctx.signed))[1], None
+        return *kernels.backward(grad, x, Grid._make([*grid, ctx.signed]))[1], None
 
 
 def trace_fake_quantize(x: Tensor, grid: Grid) -> Tensor:

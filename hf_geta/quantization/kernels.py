@@ -7,6 +7,7 @@ it); on a device everything stays a tensor, so that nothing waits for the device
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ def backward(
     grad: Tensor, x: Tensor, grid: Grid, keep_value: bool = False, overwrite_grad: bool = False
 ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
     """Q(x) if `keep_value` (else None), and the gradients of <grad, Q(x)> for x and the four tensors of the grid."""
-    order = _memory_order(x)
+    order = _memory_order(x, grid)
     local = _local(grid, x, order)
     source, upstream = _flatten(x, order, local), _flatten(grad, order, local)
     kept = torch.empty_like(source) if keep_value else None
@@ -67,22 +68,24 @@ def _backward_block(x: Tensor, grad: Tensor, grid: Grid, grad_x: Tensor, kept: T
     """
     x, g = x.to(compute_dtype(x)), grad.to(compute_dtype(x))
     scale = grid.channel_scale
-    v = x if scale is None else x / scale
-    power = _signed_power(v, grid)
-    quantized = kept if kept is not None and kept.dtype == x.dtype else torch.empty_like(x)
-    _rounded(power, grid, quantized, power).mul_(_step(grid))
+    v = x if scale is None else torch.div(x, scale, out=_scratch(0, x))
+    power = _signed_power(v, grid, _scratch(1, x))
+    quantized = kept if kept is not None and kept.dtype == x.dtype else _scratch(2, x)
+    torch.div(power, grid.step_size, out=quantized).round_().mul_(_step(grid))
     if kept is not None and kept is not quantized:
         kept.copy_(quantized)
     beyond = _beyond_clip(g, v, grid)
     exponent_sum = scale_sum = None
     if scale is not None:
         power.mul_(scale)
-        scale_sum = torch.sub(quantized, x).mul_(g).addcmul_(beyond, x).sum(_other_dim(scale))
-    clip_sum = _dot(beyond, power)
     if grid.exponent is not None:
-        log = torch.clamp(v.abs(), max=grid.clip_max).clamp_(min=torch.finfo(v.dtype).tiny).log_()
+        log = torch.abs(v, out=_scratch(4, x)).clamp_(max=grid.clip_max).clamp_(min=torch.finfo(v.dtype).tiny).log_()
         exponent_sum = _dot(log.mul_(power), g)
-    step_sum = _dot(g, torch.sub(quantized, power, out=power))
+    if scale is not None:
+        error = torch.sub(quantized, x, out=_scratch(4, x)).mul_(g).addcmul_(beyond, x)
+        scale_sum = error.sum(_other_dim(scale))
+    clip_sum = _dot(beyond, power)
+    step_sum = _dot(g, power.sub_(quantized)).neg_()
     if grad_x.dtype == g.dtype:
         torch.sub(g, beyond, out=grad_x)
     else:
@@ -94,40 +97,41 @@ def _gather(sums: list[list[Tensor | None]], grid: Grid, local: Grid) -> tuple[T
     """The gradients of d, q_m, t and s from the blocks' sums."""
     if not sums:  # an empty x
         return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in grid[:4])
-    step, clip, exponent, scale = ([part for part in parts if part is not None] for parts in zip(*sums))
-    grad_clip = torch.stack(clip).sum() / grid.clip_max
-    grad_exponent = grad_scale = None
+    step, clip, exponent, scale = zip(*sums)
+    grad_step, grad_clip, grad_exponent, grad_scale = sum(step) / grid.step_size, sum(clip) / grid.clip_max, None, None
     if grid.exponent is not None:
-        grad_clip, grad_exponent = grad_clip * grid.exponent, torch.stack(exponent).sum()
+        grad_clip, grad_exponent = grad_clip * grid.exponent, sum(exponent)
     if grid.channel_scale is not None:
-        total = torch.cat(scale) if _other_dim(local.channel_scale) == 1 else torch.stack(scale).sum(0)
+        total = torch.cat(scale) if _other_dim(local.channel_scale) == 1 else sum(scale)
         grad_scale = total.view_as(grid.channel_scale) / grid.channel_scale
-    return torch.stack(step).sum() / grid.step_size, grad_clip, grad_exponent, grad_scale
+    return grad_step, grad_clip, grad_exponent, grad_scale
 
 
 # One block: x and out are contiguous, of compute dtype.
 
 
 def _signed_power(v: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
-    """sgn(v) min(|v|, q_m)^t."""
-    low = -grid.clip_max if grid.signed else 0 * grid.clip_max
+    """p = sgn(v) min(|v|, q_m)^t."""
+    low = _low(grid)
     power = torch.clamp(v, low, grid.clip_max, out=out)
     if grid.exponent is None:
         return power
-    sign = torch.sign(power)
+    sign = torch.sign(power, out=_scratch(3, power))
     return power.abs_().pow_(grid.exponent).mul_(sign)
 
 
-def _rounded(x: Tensor, grid: Grid, out: Tensor | None = None, power: Tensor | None = None) -> Tensor:
+def _rounded(x: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
     """sgn(x) round(u / d), in floating point."""
-    if power is None:
-        v = x if grid.channel_scale is None else torch.div(x, grid.channel_scale, out=out)
-        power = out = _signed_power(v, grid, out)
-    return torch.div(power, grid.step_size, out=out).round_()
+    v = x if grid.channel_scale is None else torch.div(x, grid.channel_scale, out=out)
+    return _signed_power(v, grid, out).div_(grid.step_size).round_()
 
 
 def _dequantized(x: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
     return _rounded(x, grid, out).mul_(_step(grid))
+
+
+def _low(grid: Grid) -> Any:
+    return -grid.clip_max if grid.signed else 0 * grid.clip_max
 
 
 def _step(grid: Grid) -> Any:
@@ -137,9 +141,9 @@ def _step(grid: Grid) -> Any:
 
 def _beyond_clip(g: Tensor, v: Tensor, grid: Grid) -> Tensor:
     """g where v lies beyond the clip, 0 elsewhere."""
-    if grid.signed and isinstance(grid.clip_max, float):
-        return torch.ops.aten.hardshrink_backward(g, v, grid.clip_max)  # one pass; only the CPU has the number
-    low = -grid.clip_max if grid.signed else 0 * grid.clip_max
+    if grid.signed and isinstance(grid.clip_max, float):  # one pass, but it takes a number
+        return torch.ops.aten.hardshrink_backward.grad_input(g, v, grid.clip_max, grad_input=_scratch(3, v))
+    low = _low(grid)
     return torch.where((v < low) | (v > grid.clip_max), g, 0.0)
 
 
@@ -147,11 +151,27 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.view(-1), b.view(-1))
 
 
+_buffers = threading.local()
+
+
+def _scratch(index: int, like: Tensor) -> Tensor:
+    """Memory in the shape of a block, the same for the same index: fresh pages would cost more than the arithmetic."""
+    if like.device.type != "cpu" or type(like) is not Tensor or like.numel() > BLOCK_NUMEL:
+        return torch.empty_like(like)
+    key = f"{like.dtype}{index}"
+    buffer = getattr(_buffers, key, None)
+    if buffer is None or buffer.numel() < like.numel():
+        with torch.inference_mode(False):
+            buffer = torch.empty(BLOCK_NUMEL, dtype=like.dtype, device="cpu")
+        setattr(_buffers, key, buffer)
+    return buffer[: like.numel()].view(like.shape)
+
+
 # The tensor as rows of a contiguous matrix or, without channels, as one contiguous line.
 
 
 def _map(function: Any, x: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    order = _memory_order(x)
+    order = _memory_order(x, grid)
     local = _local(grid, x, order)
     source = _flatten(x, order, local)
     result = torch.empty_like(source, dtype=dtype)
@@ -169,11 +189,18 @@ def _local(grid: Grid, x: Tensor, order: list[int] | None) -> Grid:
     scale = grid.channel_scale
     if scale is not None:
         scale = (scale if order is None else scale.permute(order)).detach().flatten(1)
-    if x.device.type == "cpu" and type(grid.step_size) in (Tensor, torch.nn.Parameter):
-        numbers = [None if tensor is None else tensor.item() for tensor in grid[:3]]
-    else:
-        numbers = [None if tensor is None else tensor.detach() for tensor in grid[:3]]
-    return Grid(*numbers, scale, grid.signed)
+    read = _number if _readable(grid.step_size) else Tensor.detach
+    step_size, clip_max, exponent = (None if tensor is None else read(tensor) for tensor in grid[:3])
+    return Grid(step_size, clip_max, exponent, scale, grid.signed)
+
+
+def _readable(scalar: Tensor) -> bool:
+    """Whether reading the value waits for nothing: a real tensor on the CPU."""
+    return scalar.device.type == "cpu" and type(scalar) in (Tensor, torch.nn.Parameter)
+
+
+def _number(scalar: Tensor) -> float:
+    return scalar.item()
 
 
 def _at(grid: Grid, rows: slice) -> Grid:
@@ -187,9 +214,11 @@ def _other_dim(scale: Tensor) -> int:
     return 1 if scale.shape[1] == 1 else 0
 
 
-def _memory_order(x: Tensor) -> list[int] | None:
-    """The dimensions from the slowest to the fastest in memory; None where they lie in order already."""
-    return None if x.is_contiguous() else sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
+def _memory_order(x: Tensor, grid: Grid) -> list[int] | None:
+    """The dimensions from the slowest to the fastest in memory; None to take x in its logical order."""
+    order = sorted(range(x.dim()), key=lambda dim: -x.stride()[dim])
+    channels_inside = grid.channel_scale is not None and x.dim() > 2 and order[0] != 0
+    return None if x.is_contiguous() or channels_inside else order
 
 
 def _flatten(x: Tensor, order: list[int] | None, grid: Grid) -> Tensor:

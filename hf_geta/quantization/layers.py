@@ -25,8 +25,8 @@ class QuantizedLayer(nn.Module):
     """
 
     channel_dim: ClassVar[int] = 0  # of the weight: the output channels
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
 

@@ -103,11 +103,12 @@ class _QuantizedProduct(torch.autograd.Function):
         x, weight, *scalars = ctx.saved_tensors
         x_grid, weight_grid = _grids(scalars, ctx.signed)
         product, needs = ctx.product, ctx.needs_input_grad[2:]  # x, weight, bias, d_x, q_x, d_w, q_w, t_w, s_w
-        grad_x = grad_bias = None
-        x_grads: tuple[Tensor | None, ...] = (None, None)
-        weight_grads: tuple[Tensor | None, ...] = (None,) * 5
-        # Under autocast the product ran in the dtype of its result.
-        value: Tensor | None = x
+        grad_x: Any = None
+        grad_bias: Any = None
+        x_grads: Any = (None, None)
+        weight_grads: Any = (None,) * 5
+        value: Any = x
+        # Under autocast the product ran in the dtype of its result, whatever the operands are kept in.
         if needs[0] or needs[3] or needs[4]:
             rounded_weight = kernels.forward(weight, weight_grid).to(grad.dtype)
             grad_x = product.grad_input(grad, x.to(grad.dtype), rounded_weight).to(x.dtype)

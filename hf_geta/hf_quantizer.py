@@ -73,6 +73,8 @@ class GETAHfQuantizer(HfQuantizer):
         return without_conversions_of(weight_conversions, self._manifest.layers)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for _, layer in _packed_layers(model):
+            layer.codes()  # back in their place, where the model was spread over devices
         _check_loaded(model, self._shapes)
         # transformers 5.17 leaves tensors that it renamed in the file's dtype.
         for name, tensor in model.state_dict(keep_vars=True).items():

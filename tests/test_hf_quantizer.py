@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -212,6 +213,49 @@ def test_a_checkpoint_in_several_files_loads(tmp_path):
     pack_(model).save_pretrained(tmp_path, max_shard_size="2KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert torch.equal(logits(load(model, tmp_path), inputs), logits(model, inputs))
+
+
+class TwinConfig(transformers.PretrainedConfig):
+    model_type = "twin"
+
+
+class Twin(transformers.PreTrainedModel):
+    """Two layers tied to one weight."""
+
+    config_class = TwinConfig
+    _tied_weights_keys: ClassVar = {"second.weight": "first.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.post_init()
+
+    def forward(self, x):
+        return transformers.modeling_outputs.ImageClassifierOutput(logits=self.second(self.first(x).relu()))
+
+
+def test_layers_tied_to_one_weight_load_tied_from_one_tensor(tmp_path):
+    model = Twin(TwinConfig(tie_word_embeddings=True)).eval()
+    assert model.second.weight is model.first.weight
+    quantize_modules_(model, GETAConfig(weight_bits=(2, 16), modules_to_not_convert=()))
+    model.first.weight_quantizer.set_bits_(3)
+    loaded = check_round_trip(pack_model_(model), {"x": torch.randn(2, 8)}, tmp_path)
+    assert loaded.second.weight is loaded.first.weight
+    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
+        assert sorted(file.keys()) == ["first.bias", "first.step_size", "first.weight", "second.bias"]
+
+
+def test_a_model_spread_over_places_computes_and_saves_the_same(tmp_path):
+    model, inputs = build("llama, tied")
+    pack_(model, "channel", 8).save_pretrained(tmp_path / "saved")
+    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"), "cpu")
+    places["model.layers.1"] = "disk"
+    loaded = type(model).from_pretrained(tmp_path / "saved", device_map=places, offload_folder=tmp_path / "offload")
+    for name, tensor in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == tensor.dtype, name
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(model, tmp_path / "again"), inputs), logits(model, inputs))
 
 
 @pytest.mark.parametrize("family", ["vit", "llama, tied", "gpt2"])

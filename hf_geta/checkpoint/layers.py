@@ -76,9 +76,7 @@ class PackedLayer(nn.Module):
         """
         if self.shared_with:
             return self.shared_with[0].weight
-        codes, step_size = self._buffers["weight"], self._buffers["step_size"]
-        assert codes is not None
-        assert step_size is not None
+        codes, step_size = self.codes(), self.step_size
         if codes.is_meta:  # loading by name compares shapes with the file: nothing to decode yet
             return codes
         if torch.compiler.is_compiling():
@@ -94,6 +92,17 @@ class PackedLayer(nn.Module):
         tensors = (codes, step_size, weight)
         self._decoded = _Decoded(tensors, _versions(*tensors))
         return weight
+
+    def codes(self) -> Tensor:
+        """The packed codes, uint8, (ceil(numel * bits / 8),); for a layer that shares its weight, the owner's."""
+        if self.shared_with:
+            return self.shared_with[0].codes()
+        codes = self._buffers["weight"]
+        assert codes is not None
+        if codes.dtype != torch.uint8 and self._decoded is not None:
+            # accelerate places a module on a device by reading each tensor and writing it back: it read the weight.
+            codes = self._buffers["weight"] = self._decoded.tensors[0].to(codes.device)
+        return codes
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and (isinstance(value, nn.Parameter) or value.dtype != torch.uint8):

@@ -105,28 +105,10 @@ def finalize_model(model: nn.Module) -> nn.Module:
         ValueError: if `model` is not prepared.
     """
     preparation = _preparation(model)
-    small = preparation.qadg.prune(model, zero_groups(model))
+    small = preparation.qadg.prune(model, preparation.qadg.zero_groups(model))
     _round_widths_(small, preparation.config)
     del small.geta
     return pack_model_(small)
-
-
-@torch.no_grad()
-def zero_groups(model: nn.Module) -> dict[str, list[int]]:
-    """The groups of a prepared model whose entries are all exactly zero: axis name -> indices, as `QADG.prune` takes them."""
-    parameters = _prunable_parameters(model)
-    found = {}
-    for axis in _preparation(model).qadg.axes:
-        zero = torch.ones(axis.size, dtype=torch.bool)
-        for member in axis.members:
-            if member.tensor in parameters:
-                parameter = parameters[member.tensor].detach()
-                others = [dim for dim in range(parameter.dim()) if dim != member.dim]
-                empty = (parameter == 0).all(dim=others) if others else parameter == 0
-                zero &= empty.cpu()[member.indices].all(dim=1)
-        if zero.any():
-            found[axis.name] = zero.nonzero().flatten().tolist()
-    return found
 
 
 @torch.no_grad()
@@ -137,7 +119,7 @@ def measure_compression(model: nn.Module) -> Cost:
         ValueError: if `model` is not prepared.
     """
     qadg = _preparation(model).qadg
-    removed = zero_groups(model)
+    removed = qadg.zero_groups(model)
     dense = {name: p.numel() for name, p in _prunable_parameters(model, remove_duplicate=True).items()}
     measured = {operation.weight for operation in qadg.operations}
     weight_bits, input_bits = {}, {}

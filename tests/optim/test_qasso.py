@@ -9,7 +9,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.optimization import Adafactor
 
 from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model
-from hf_geta.compress import output_difference, zero_groups
+from hf_geta.compress import output_difference
 from hf_geta.optim.schedule import Stage
 
 TOTAL_STEPS = 60
@@ -83,7 +83,7 @@ def test_every_width_stays_inside_its_bounds_and_exactly_the_asked_groups_go(nam
             assert upper == target or stage is Stage.PROJECTION
     qadg = model.geta.qadg
     total = sum(axis.size for axis in qadg.axes)
-    removed = zero_groups(model)
+    removed = qadg.zero_groups(model)
     assert sum(map(len, removed.values())) == round(config.group_sparsity * total) == optimizer.removed.sum()
     assert all(len(removed.get(axis.name, ())) < axis.size for axis in qadg.axes)
     assert torch.allclose(optimizer.widths.bits(), optimizer.widths.bits().round(), atol=BITS_TOLERANCE)

@@ -162,8 +162,8 @@ def solve(
 ) -> dict[Attribute, int]:
     """The values that attributes must have when the leaves have the given sizes.
 
-    Equations with one unknown attribute decide it; where several unknowns are left, the one that is alone in having
-    a solution with the others as they are in `attributes` changes.
+    Equations with one unknown attribute decide it; where several unknowns are left, the first changes that has a
+    solution with the others as they are in `attributes`.
 
     Args:
         equations: over the leaves of `sizes` and attributes.

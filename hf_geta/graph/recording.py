@@ -117,8 +117,9 @@ class IntegerRecorder(TorchFunctionMode):
             dim, start, stop = (*node.args[1:4], None)[:3]
             while slices:
                 part = slices.pop(0)
-                if (part.start or 0) == start and part.stop in (None, stop):
-                    self.integers[node] = [dim, part.start or 0, stop if part.stop is None else part.stop]
+                bounds = [dim, part.start or 0, stop if part.stop is None else part.stop]
+                if [int(bound) for bound in bounds[1:]] == [start, stop]:
+                    self.integers[node] = bounds
                     break
 
     def resolved(self, graph: fx.Graph) -> tuple[dict[str, list[int]], list[Equation]]:

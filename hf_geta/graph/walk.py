@@ -86,11 +86,11 @@ class Walk:
         source = self.captured.sources.get(node.name, CONSTANT)
         if source in (INPUT, CONSTANT):
             return self._stand_in(node, source)
+        if not node.users:
+            return None  # a tied name, or a tensor that this forward does not use
         if source not in self.tensors:
             self.tensors[source] = self.axes.fresh(self.captured.tensors[source].shape)
             self.tensors[source].parameter = source
-        if not node.users:
-            return None  # a tied name, or a tensor that this forward does not use
         return self.tensors[source]
 
     def _call(self, node: fx.Node) -> Any:

@@ -2,6 +2,17 @@
 
 from hf_geta.graph.rules import contractions, indexing, pointwise, reductions, views
 from hf_geta.graph.rules.context import Axes, TensorAxes
-from hf_geta.graph.rules.registry import find_rule, rule
+from hf_geta.graph.rules.registry import RULES, find_rule, rule
 
-__all__ = ["Axes", "TensorAxes", "contractions", "find_rule", "indexing", "pointwise", "reductions", "rule", "views"]
+__all__ = [
+    "RULES",
+    "Axes",
+    "TensorAxes",
+    "contractions",
+    "find_rule",
+    "indexing",
+    "pointwise",
+    "reductions",
+    "rule",
+    "views",
+]

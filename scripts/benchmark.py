@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -168,8 +167,11 @@ def _peak_bytes_here(arguments: BenchmarkArguments, variant: str) -> int:
 
 
 def _resident_peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss counts the parent's memory too on Linux
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:

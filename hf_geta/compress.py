@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
@@ -45,8 +46,8 @@ class Preparation:
 
 
 def prepare_model(
-    model: nn.Module, config: GETAConfig, inputs: Inputs, calibration_batches: Sequence[Inputs] | None = None
-) -> nn.Module:
+    model: PreTrainedModel, config: GETAConfig, inputs: Inputs, calibration_batches: Sequence[Inputs] | None = None
+) -> PreTrainedModel:
     """Make `model` trainable by QASSO, in place: quantized layers, calibrated ranges, pruning groups.
 
     Args:
@@ -91,7 +92,7 @@ def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps:
 
 
 @torch.no_grad()
-def finalize_model(model: nn.Module) -> nn.Module:
+def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
     """The small model: removed groups cut out, weights as packed integer codes; `model` is left alone.
 
     A group counts as removed when all its members are exactly zero. Widths that are not whole yet (a run that
@@ -105,7 +106,7 @@ def finalize_model(model: nn.Module) -> nn.Module:
         ValueError: if `model` is not prepared.
     """
     preparation = _preparation(model)
-    small = preparation.qadg.prune(model, preparation.qadg.zero_groups(model))
+    small: Any = preparation.qadg.prune(model, preparation.qadg.zero_groups(model))
     _round_widths_(small, preparation.config)
     del small.geta
     return pack_model_(small)
@@ -201,5 +202,7 @@ def _round_widths_(model: nn.Module, config: GETAConfig) -> None:
 
 
 def _floating_outputs(output: Any) -> list[Tensor]:
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    values = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    )
     return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]

@@ -67,11 +67,14 @@ class GETAConfig:
         default=1, metadata={"help": "Groups that every axis keeps at least (heads, hidden units, channels)."}
     )
     group_divisible: int = dataclasses.field(
-        default=1, metadata={"help": "Kept sizes of axes longer than this are multiples of it (8, 16, 32: what hardware likes)."}
+        default=1,
+        metadata={"help": "Kept sizes of axes longer than this are multiples of it (8, 16, 32: what hardware likes)."},
     )
     quantizer_learning_rate: float = dataclasses.field(
         default=1e-3,
-        metadata={"help": "Learning rate of the quantizers; they live in log space, so it is a relative change per step."},
+        metadata={
+            "help": "Learning rate of the quantizers; they live in log space, so it is a relative change per step."
+        },
     )
     calibration_batches: int = dataclasses.field(
         default=4, metadata={"help": "Training batches that set the activation ranges before the first step."}

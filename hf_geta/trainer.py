@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from hf_geta import __version__
@@ -58,6 +58,8 @@ class GETATrainer(Trainer):
             layer to quantize, NaN in calibration, an output folder that is not writable.
     """
 
+    model: PreTrainedModel  # always there once Trainer.__init__ has run
+
     def __init__(self, *args: Any, geta_config: GETAConfig | None = None, **kwargs: Any) -> None:
         self.geta_config = geta_config
         self._saving_checkpoint = False
@@ -76,7 +78,7 @@ class GETATrainer(Trainer):
         """Quantize, calibrate and find the groups of `self.model`; once per model. `train()` calls it."""
         if self.geta_config is None or is_prepared(self.model):
             return
-        _check_writable(self.args.output_dir)
+        _check_writable(str(self.args.output_dir))
         with _preserved_rng():
             batches = self._calibration_batches(self.geta_config.calibration_batches)
             prepare_model(self.model, self.geta_config, batches[0], batches)
@@ -147,11 +149,11 @@ class GETATrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         if self.args.should_save:
-            self._save_compressed(Path(output_dir or self.args.output_dir))
+            self._save_compressed(Path(output_dir or str(self.args.output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def finalize(self) -> Any:
+    def finalize(self) -> PreTrainedModel:
         """The small model, checked: on a calibration batch it computes what the masked model computes.
 
         Raises:
@@ -172,7 +174,7 @@ class GETATrainer(Trainer):
         small = self.finalize()
         report = {
             "architecture": type(self.model).__name__,
-            "base_model": getattr(self.model.config, "_name_or_path", None),
+            "base_model": self.model.config._name_or_path,
             "compressed": self.measure_compression().summary(),
             "geta": self.geta_config.to_dict() if self.geta_config else {},
             "versions": {"hf_geta": __version__, "transformers": transformers.__version__},

@@ -270,7 +270,7 @@ class QASSO(torch.optim.Optimizer):
 
 
 def _groups_to_remove(config: GETAConfig, space: PruningSpace) -> int:
-    """K = round(group_sparsity x groups), or the largest number below it that whole blocks of `group_divisible` give."""
+    """K = round(group_sparsity x groups)."""
     count = round(config.group_sparsity * space.num_groups)
     blocks = [saliency.removable_groups(size, config.min_groups, config.group_divisible) for size in space.axis_sizes]
     most = sum(map(sum, blocks))

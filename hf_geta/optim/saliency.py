@@ -40,7 +40,8 @@ def removable_groups(size: int, min_groups: int, divisible: int) -> list[int]:
     at most m groups (heads, mostly) lose one at a time. `min_groups` always stay.
     """
     block = divisible if size > divisible else 1
-    blocks, left = [], size
+    blocks: list[int] = []
+    left = size
     while True:
         step = left % block or block
         if left - step < max(min_groups, 1):

@@ -32,9 +32,7 @@ def tensors(draw):
 
 
 @settings(max_examples=300)
-@given(
-    tensors(), st.floats(0.1, 3), st.floats(0.5, 2), st.integers(2, 8), st.integers(0, 8), st.integers(1, 40)
-)
+@given(tensors(), st.floats(0.1, 3), st.floats(0.5, 2), st.integers(2, 8), st.integers(0, 8), st.integers(1, 40))
 def test_the_joint_update_descends_and_keeps_the_step_size_in_range(xgs, clip_max, exponent, lower, more, left_steps):
     x, g, s = xgs
     bounds = [clip_max**exponent / (2 ** (bits - 1) - 1) for bits in (lower + more, lower)]

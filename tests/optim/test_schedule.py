@@ -1,5 +1,7 @@
 """The timetable: what holds at every step of every run."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +42,7 @@ def test_the_upper_bound_never_rises_and_reaches_its_target_with_the_last_projec
     bounds = [schedule.upper_bits_at(step, upper) for step in range(schedule.total_steps)]
     assert bounds == sorted(bounds, reverse=True)
     assert bounds[schedule.warmup_steps + schedule.projection_steps - 1] == upper
-    falls = [a - b for a, b in zip(bounds, bounds[1:], strict=False)]
+    falls = [a - b for a, b in itertools.pairwise(bounds)]
     assert max(falls) <= schedule.bit_reduction
 
 
@@ -52,7 +54,7 @@ def test_pruning_periods_cut_the_joint_stage_and_end_at_exactly_the_asked_number
     assert [p.index for p in periods if p.is_first_step] == list(range(schedule.pruning_periods))
     assert [p.index for p in periods if p.is_last_step] == list(range(schedule.pruning_periods))
     assert sum(p.length_steps for p in periods if p.is_first_step) == schedule.joint_steps
-    for before, after in zip(periods, periods[1:], strict=False):
+    for before, after in itertools.pairwise(periods):
         assert after.offset_steps == (0 if after.index != before.index else before.offset_steps + 1)
     counts = [schedule.redundant_count(p.index, removed) for p in periods]
     assert counts == sorted(counts)

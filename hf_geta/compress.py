@@ -125,9 +125,9 @@ def measure_compression(model: nn.Module) -> Cost:
     measured = {operation.weight for operation in qadg.operations}
     weight_bits, input_bits = {}, {}
     for name, layer in quantized_layers(model).items():
-        weight_bits[f"{name}.weight"] = float(layer.weight_quantizer.bits)
+        weight_bits[f"{name}.weight"] = _bits(layer.weight_quantizer)
         if layer.input_quantizer is not None and layer.input_quantizer.enabled:
-            input_bits[f"{name}.weight"] = float(layer.input_quantizer.bits)
+            input_bits[f"{name}.weight"] = _bits(layer.input_quantizer)
     return measure_cost(
         qadg.operations,
         dense,
@@ -137,6 +137,11 @@ def measure_compression(model: nn.Module) -> Cost:
         {axis.name: axis.size for axis in qadg.axes},
         {axis.name: axis.size - len(removed.get(axis.name, ())) for axis in qadg.axes},
     )
+
+
+def _bits(quantizer: Quantizer) -> float:
+    """The width, without the noise of the float32 logarithms that it is computed from."""
+    return round(float(quantizer.bits), 4)
 
 
 def _kept_numel(

@@ -34,7 +34,7 @@ from hf_geta.compress import (
 )
 from hf_geta.config import GETAConfig
 from hf_geta.optim.qasso import QASSO
-from hf_geta.optim.schedule import Stage
+from hf_geta.optim.schedule import Schedule, Stage
 from hf_geta.report.card import save_report
 from hf_geta.report.cost import Cost
 
@@ -63,14 +63,23 @@ class GETATrainer(Trainer):
     def __init__(self, *args: Any, geta_config: GETAConfig | None = None, **kwargs: Any) -> None:
         self.geta_config = geta_config
         self._saving_checkpoint = False
+        self._planned_steps = 0
         super().__init__(*args, **kwargs)
         if geta_config is not None:
-            if self.lr_scheduler is not None:
-                raise ValueError(
-                    "a learning-rate scheduler made before QASSO does not know the quantizers: pass "
-                    "optimizers=(optimizer, None) and choose the schedule by TrainingArguments.lr_scheduler_type."
-                )
+            self._refuse_what_qasso_cannot_drive()
             self.add_callback(CompressionProgress(self))
+
+    def _refuse_what_qasso_cannot_drive(self) -> None:
+        if self.lr_scheduler is not None:
+            raise ValueError(
+                "a learning-rate scheduler made before QASSO does not know the quantizers: pass "
+                "optimizers=(optimizer, None) and choose the schedule by TrainingArguments.lr_scheduler_type."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "GETATrainer compresses on one device or under DDP; with FSDP or DeepSpeed the parameters are in "
+                "pieces, which QASSO does not handle yet: launch with a DDP configuration."
+            )
 
     # -- before the first step ------------------------------------------------------------------------------------
 
@@ -83,13 +92,24 @@ class GETATrainer(Trainer):
             batches = self._calibration_batches(self.geta_config.calibration_batches)
             prepare_model(self.model, self.geta_config, batches[0], batches)
 
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """As in Trainer, for a run of `num_training_steps` optimizer steps."""
+        self._planned_steps = num_training_steps
+        super().create_optimizer_and_scheduler(num_training_steps)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that `TrainingArguments` ask for, inside QASSO."""
         if self.geta_config is None or self.qasso is not None:
             return super().create_optimizer(model)
+        total_steps = self._planned_steps or self.state.max_steps
+        if not total_steps:
+            raise ValueError(
+                "QASSO plans its stages over the whole run: call train(), or "
+                "create_optimizer_and_scheduler(num_training_steps)."
+            )
+        Schedule.from_config(self.geta_config, total_steps)  # refuses before a calibration is spent
         self.prepare()
-        base = super().create_optimizer(model)
-        self.optimizer = create_optimizer(self.model, base, self.state.max_steps or self.args.max_steps)
+        self.optimizer = create_optimizer(self.model, super().create_optimizer(model), total_steps)
         return self.optimizer
 
     @property

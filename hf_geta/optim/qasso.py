@@ -256,7 +256,8 @@ class QASSO(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer."""
-        if param_group in self.base.param_groups:  # torch.optim.Optimizer.__init__ hands over those that are there
+        # torch.optim.Optimizer.__init__ hands over those that are there; by identity, since == would compare tensors
+        if any(param_group is group for group in self.base.param_groups):
             self.param_groups.append(param_group)
             return
         self.base.add_param_group(param_group)

@@ -146,6 +146,15 @@ def test_a_learning_rate_of_zero_still_reaches_the_targets():
     assert optimizer.widths.bits()[optimizer.is_weight].max() <= CONFIG.weight_bits[1] + BITS_TOLERANCE
 
 
+def test_parameter_groups_of_any_shape_are_kept():
+    """Groups with as many tensors of other shapes: comparing them by value would fail."""
+    model = prepared()
+    groups = [{"params": [model.classifier.weight]}, {"params": [model.vit.layernorm.weight], "lr": 1e-3}]
+    optimizer = create_optimizer(model, torch.optim.SGD(groups, lr=0.1), TOTAL_STEPS)
+    assert optimizer.param_groups is optimizer.base.param_groups
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 1e-3, CONFIG.quantizer_learning_rate]
+
+
 def test_quantizers_have_their_own_rate_and_no_decay():
     model = prepared()
     optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)

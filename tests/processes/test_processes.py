@@ -1,0 +1,51 @@
+"""Runs as they happen to users: killed and resumed, and launched on several processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from transformers import AutoModelForImageClassification
+
+HERE = Path(__file__).parent
+PROGRAM = HERE / "run_digits.py"
+DDP_CONFIG = HERE.parent.parent / "configs" / "accelerate" / "cpu_2_processes.yaml"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments, launcher=(sys.executable,)):
+    command = [*launcher, PROGRAM, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout.split()[-1]
+
+
+def kill_after_checkpoint(step, output_dir):
+    """Start a run and kill it, as an out-of-memory killer would, some steps after checkpoint `step`."""
+    process = subprocess.Popen(
+        [sys.executable, PROGRAM, output_dir], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
+    deadline = time.monotonic() + 300
+    while not (output_dir / f"checkpoint-{step}" / "trainer_state.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path):
+    """Killed in the joint stage, at whatever instruction the signal arrives."""
+    uninterrupted = run(tmp_path / "whole")
+    kill_after_checkpoint(30, tmp_path / "killed")
+    whole = [path for path in (tmp_path / "killed").glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    last = max(whole, key=lambda path: int(path.name.split("-")[1]))
+    assert int(last.name.split("-")[1]) < 60
+    assert run(tmp_path / "resumed", last) == uninterrupted
+
+
+def test_two_processes_end_with_the_same_weights_and_one_small_model(tmp_path):
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", DDP_CONFIG)
+    run(tmp_path, launcher=launcher)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
+    assert model.config.quantization_config.quant_method == "geta"

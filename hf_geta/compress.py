@@ -28,7 +28,7 @@ from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable
 from hf_geta.quantization.calibration import calibrate_
-from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from hf_geta.quantization.layers import quantize_modules_, quantized_layers, restore_modules_
 from hf_geta.quantization.quantizers import Quantizer
 from hf_geta.report.cost import Cost, measure_cost
 
@@ -69,7 +69,12 @@ def prepare_model(
     if config.group_sparsity > 0 and not qadg.axes:
         raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
     quantize_modules_(model, config)
-    calibrate_(model, calibration_batches or [inputs], config.initial_bits)
+    try:
+        clip_bits = (config.activation_bits or config.weight_bits)[1]  # clips that suit the width to come
+        calibrate_(model, calibration_batches or [inputs], config.initial_bits, clip_bits)
+    except ValueError:
+        restore_modules_(model)  # the model as it came: other data may do
+        raise
     model.geta = Preparation(config, qadg)  # type: ignore[assignment]
     return model
 

@@ -132,6 +132,14 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
     return names
 
 
+def restore_modules_(model: nn.Module) -> None:
+    """Undo `quantize_modules_`: the float layers again, with the same parameters."""
+    floats = {quantized: plain for plain, quantized in QUANTIZED_CLASSES.items()}
+    for module in quantized_layers(model).values():
+        module.__class__ = floats[type(module)]
+        del module.weight_quantizer, module.input_quantizer
+
+
 def _weight_quantizer(name: str, module: nn.Module, channel_dim: int, config: GETAConfig) -> Quantizer:
     weight: Any = module.weight
     if not weight.is_meta and not torch.isfinite(weight).all():

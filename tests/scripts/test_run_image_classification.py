@@ -27,6 +27,7 @@ CONFIG = {
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 16,
     "learning_rate": 1e-3,
+    "head_learning_rate": 1e-2,
     "logging_steps": 6,
     "save_strategy": "no",
     "report_to": "none",

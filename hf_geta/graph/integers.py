@@ -57,16 +57,27 @@ ARITHMETIC: dict[str, Callable[[int, int], int]] = {
 }
 
 
+MAX_OPERATIONS = 32  # in one expression; what a forward counts in longer loops is a constant to us
+
+
 class TracedInt(int):
     """An int that knows the expression it is the value of; `equalities` collects the comparisons that held."""
 
     expression: Expression
     equalities: list[Equation]
+    operations: int  # in the expression
 
-    def __new__(cls, value: int, expression: Expression = None, equalities: list[Equation] | None = None) -> TracedInt:
+    def __new__(
+        cls,
+        value: int,
+        expression: Expression = None,
+        equalities: list[Equation] | None = None,
+        operations: int = 0,
+    ) -> TracedInt:
         self = super().__new__(cls, value)
-        self.expression = int(value) if expression is None else expression
+        self.expression = int(value) if expression is None or operations > MAX_OPERATIONS else expression
         self.equalities = [] if equalities is None else equalities
+        self.operations = operations
         return self
 
     def __eq__(self, other: object) -> bool:
@@ -83,8 +94,8 @@ class TracedInt(int):
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedInt:
         return self
 
-    def __neg__(self) -> TracedInt:
-        return TracedInt(-int(self), Operation("-", 0, self.expression), self.equalities)
+    def __neg__(self) -> int:
+        return 0 - self
 
 
 def _traced(symbol: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:
@@ -93,7 +104,9 @@ def _traced(symbol: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:
             return NotImplemented  # floats and tensors: int's own rules, no longer traced
         left, right = (other, self) if reflected else (self, other)
         value = ARITHMETIC[symbol](int(left), int(right))
-        return TracedInt(value, Operation(symbol, expression_of(left), expression_of(right)), self.equalities)
+        operations = 1 + sum(side.operations for side in (left, right) if isinstance(side, TracedInt))
+        expression = Operation(symbol, expression_of(left), expression_of(right))
+        return TracedInt(value, expression, self.equalities, operations)
 
     return compute
 
@@ -129,10 +142,12 @@ def expression_leaves(expression: Expression) -> Iterator[Hashable]:
 
 
 def substitute(expression: Expression, replace: Callable[[Hashable], Expression]) -> Expression:
-    """The expression with every leaf replaced."""
+    """The expression with every leaf replaced, and what has become constant computed."""
     if isinstance(expression, Operation):
         left, right = substitute(expression.left, replace), substitute(expression.right, replace)
-        return Operation(expression.symbol, left, right)
+        result = Operation(expression.symbol, left, right)
+        is_constant = isinstance(left, int) and isinstance(right, int) and (right != 0 or expression.symbol in "+-*")
+        return evaluate(result, {}) if is_constant else result
     return expression if isinstance(expression, int) else replace(expression)
 
 
@@ -162,8 +177,7 @@ def solve(
 ) -> dict[Attribute, int]:
     """The values that attributes must have when the leaves have the given sizes.
 
-    Equations with one unknown attribute decide it; where several unknowns are left, the first changes that has a
-    solution with the others as they are in `attributes`.
+    Attributes stay as they are where they can.
 
     Args:
         equations: over the leaves of `sizes` and attributes.
@@ -176,27 +190,52 @@ def solve(
     Raises:
         UnsolvableError: naming an equation that no choice of attributes satisfies.
     """
-    values: dict[Hashable, int] = dict(sizes)
-    waiting = list(equations)
-    while waiting:
-        left: list[Equation] = []
-        for equation in waiting:
-            unknowns = _unknowns(equation, values)
-            if len(unknowns) > 1:
-                left.append(equation)
-            elif unknowns:
-                values.update([_decide(equation, unknowns, values, attributes)])
-            elif not _holds(equation, values):
-                raise UnsolvableError(equation)
-        if len(left) == len(waiting):
-            values.update([_decide(left[0], _unknowns(left[0], values), values, attributes)])
-        waiting = left
-    return {name: value for name, value in values.items() if isinstance(name, Attribute)}
+    solution: dict[Attribute, int] = {}
+    for component in _components(equations):
+        names = {name for equation in component for name in _names(equation)}
+        values = {name: sizes[name] for name in names if not isinstance(name, Attribute)}
+        solution.update(_search(component, values, attributes))
+    return solution
 
 
-def _unknowns(equation: Equation, values: Mapping[Hashable, int]) -> frozenset[Attribute]:
-    names = (*expression_leaves(equation.left), *expression_leaves(equation.right))
-    return frozenset(name for name in names if isinstance(name, Attribute) and name not in values)
+def _names(equation: Equation) -> frozenset[Hashable]:
+    return frozenset((*expression_leaves(equation.left), *expression_leaves(equation.right)))
+
+
+def _components(equations: Iterable[Equation]) -> list[list[Equation]]:
+    """The equations, those together that share attributes."""
+    found: list[tuple[set[Hashable], list[Equation]]] = []
+    for equation in equations:
+        names: set[Hashable] = {name for name in _names(equation) if isinstance(name, Attribute)}
+        joined = [component for component in found if component[0] & names]
+        found = [component for component in found if not component[0] & names]
+        members = [member for component in joined for member in component[1]]
+        found.append((names.union(*(component[0] for component in joined)), [*members, equation]))
+    return [members for _, members in found]
+
+
+def _search(
+    equations: Collection[Equation], values: Mapping[Hashable, int], attributes: Mapping[Attribute, int]
+) -> dict[Attribute, int]:
+    """A solution by trying, the equation with the fewest unknowns first."""
+    waiting = []
+    for equation in equations:
+        unknowns = {name for name in _names(equation) if name not in values}
+        if unknowns:
+            waiting.append((len(unknowns), equation))
+        elif not _holds(equation, values):
+            raise UnsolvableError(equation)
+    if not waiting:
+        return {}
+    _, chosen = min(waiting, key=lambda item: item[0])
+    failure = UnsolvableError(chosen)
+    for number, (name, value) in enumerate(_candidates(chosen, values, attributes)):
+        try:
+            rest = _search([equation for _, equation in waiting], {**values, name: value}, attributes)
+            return {name: value, **rest}
+        except UnsolvableError as error:
+            failure = error if number == 0 else failure
+    raise failure
 
 
 def _holds(equation: Equation, values: Mapping[Hashable, int]) -> bool:
@@ -206,48 +245,44 @@ def _holds(equation: Equation, values: Mapping[Hashable, int]) -> bool:
         return False
 
 
-def _decide(
-    equation: Equation,
-    unknowns: Iterable[Attribute],
-    values: Mapping[Hashable, int],
-    attributes: Mapping[Attribute, int],
-) -> tuple[Attribute, int]:
-    """One attribute of the equation and its value, with the other unknown ones as they were."""
-    for name in sorted(unknowns):
-        known: dict[Hashable, int] = {**{other: attributes[other] for other in unknowns if other != name}, **values}
+def _candidates(
+    equation: Equation, values: Mapping[Hashable, int], attributes: Mapping[Attribute, int]
+) -> Iterator[tuple[Attribute, int]]:
+    """Attributes of the equation with values that satisfy it, the other unknown ones as they were."""
+    unknowns = sorted(name for name in _names(equation) if isinstance(name, Attribute) and name not in values)
+    before: dict[Hashable, int] = {name: attributes[name] for name in unknowns}
+    for name in unknowns:
+        known: dict[Hashable, int] = {**before, **values}
+        if _holds(equation, known):
+            yield name, known[name]
+        del known[name]
         for here, there in ((equation.left, equation.right), (equation.right, equation.left)):
             if name in expression_leaves(here) and name not in expression_leaves(there):
                 value = _invert(here, evaluate(there, known), name, known)
-                if value is not None and _holds(equation, {**known, name: value}):
-                    return name, value
-    raise UnsolvableError(equation)
+                if value is not None and value > 0 and _holds(equation, {**known, name: value}):
+                    yield name, value
 
 
-def _invert(expression: Expression, target: int, name: Attribute, values: Mapping[Hashable, int]) -> int | None:
-    """The value of `name` that gives the expression the value `target`; None where there is none."""
-    if expression == name:
+def _invert(expression: Expression, target: int | None, name: Attribute, values: Mapping[Hashable, int]) -> int | None:
+    """The value of `name`, which occurs once, that gives the expression the value `target`; None if there is none."""
+    if expression == name or target is None:
         return target
     if not isinstance(expression, Operation):
         return None
     symbol, left, right = expression
-    if name in expression_leaves(left):
-        if name in expression_leaves(right):
-            return None
-        known = evaluate(right, values)
-        undo: dict[str, Callable[[], int | None]] = {
-            "+": lambda: target - known,
-            "-": lambda: target + known,
-            "*": lambda: target // known if known and target % known == 0 else None,
-            "//": lambda: target * known,
+    in_left, in_right = name in expression_leaves(left), name in expression_leaves(right)
+    if in_left == in_right:
+        return None
+    known = evaluate(right if in_left else left, values)
+    divides = known != 0 and target % known == 0
+    if in_left:
+        goals = {
+            "+": target - known,
+            "-": target + known,
+            "*": target // known if divides else None,
+            "//": target * known,
         }
-        inner, goal = left, undo.get(symbol, lambda: None)()
-    else:
-        known = evaluate(left, values)
-        undo = {
-            "+": lambda: target - known,
-            "-": lambda: known - target,
-            "*": lambda: target // known if known and target % known == 0 else None,
-            "//": lambda: known // target if target and known % target == 0 else None,
-        }
-        inner, goal = right, undo.get(symbol, lambda: None)()
-    return None if goal is None else _invert(inner, goal, name, values)
+        return _invert(left, goals.get(symbol), name, values)
+    quotient = known // target if target and known % target == 0 else None
+    goals = {"+": target - known, "-": known - target, "*": target // known if divides else None, "//": quotient}
+    return _invert(right, goals.get(symbol), name, values)

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from hf_geta.checkpoint.manifest import read_manifest, write_manifest_
 from hf_geta.checkpoint.prune import set_attributes_, slice_
-from hf_geta.graph.axes import AxisNode, find, is_frozen, leaves
+from hf_geta.graph.axes import AxisNode, find, is_frozen, leaves, reasons
 from hf_geta.graph.capture import capture, named_tensors
 from hf_geta.graph.integers import Attribute, Equation, solve, substitute
 from hf_geta.graph.rules.context import Contraction
-from hf_geta.graph.search_space import SearchSpace, frozen_reasons, quantizer_tensors
+from hf_geta.graph.search_space import SearchSpace, quantizer_tensors
 from hf_geta.graph.walk import Walk
 
 logger = logging.getLogger(__name__)
@@ -295,7 +295,7 @@ def _frozen(space: SearchSpace) -> tuple[Frozen, ...]:
     grouped: dict[tuple[str, str, str], list[str]] = {}
     for (tensor, dim), axis in space.dims.items():
         if axis.size > 1 and not any(leaf in space.free for leaf in leaves(axis)):
-            reason = frozen_reasons(axis)[0]
+            reason = reasons(axis)[0]
             grouped.setdefault((reason.text, reason.operator, reason.module), []).append(f"{tensor}[{dim}]")
     return tuple(Frozen(*why, tuple(dimensions)) for why, dimensions in grouped.items())
 

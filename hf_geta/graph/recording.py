@@ -21,6 +21,7 @@ from hf_geta.graph.integers import (
     substitute,
 )
 
+MARK = "hf_geta_mark"  # key of nodes' metadata, which an export keeps
 SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
@@ -65,6 +66,7 @@ class IntegerRecorder(TorchFunctionMode):
         super().__init__()
         self.integers: dict[fx.Node, list[int]] = {}
         self.equalities: list[Equation] = []
+        self._marked: set[fx.Node] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,8 +84,15 @@ class IntegerRecorder(TorchFunctionMode):
                 self._record(result, integers, mode.tracer)
         return result
 
+    def _mark(self, node: Any) -> Any:
+        """Mark a node, so that it is known again in the exported program, where it may have another name."""
+        if node is not None:
+            node.meta.setdefault(MARK, len(self._marked))
+            self._marked.add(node)
+        return node
+
     def _traced_sizes(self, result: Any, args: Any, kwargs: Any, tracer: Any) -> Any:
-        if (node := node_of(args[0], tracer)) is None:
+        if (node := self._mark(node_of(args[0], tracer))) is None:
             return result
         if type(result) is int:
             dim = args[1] if len(args) > 1 else kwargs["dim"]
@@ -101,7 +110,7 @@ class IntegerRecorder(TorchFunctionMode):
             return
         given = list(flat_integers((node.args, node.kwargs)))  # without trailing arguments that equal their default
         if given == [int(value) for value in integers[: len(given)]]:
-            self.integers[node] = integers[: len(given)]
+            self.integers[self._mark(node)] = integers[: len(given)]
 
     def _record_slices(self, result: Any, x: Any, index: Any, *, tracer: Any) -> None:
         slices = [part for part in (index if isinstance(index, tuple) else (index,)) if isinstance(part, slice)]
@@ -119,30 +128,27 @@ class IntegerRecorder(TorchFunctionMode):
                 part = slices.pop(0)
                 bounds = [dim, part.start or 0, stop if part.stop is None else part.stop]
                 if [int(bound) for bound in bounds[1:]] == [start, stop]:
-                    self.integers[node] = bounds
+                    self.integers[self._mark(node)] = bounds
                     break
 
     def resolved(self, graph: fx.Graph) -> tuple[dict[str, list[int]], list[Equation]]:
         """The notes by the names of the exported program's nodes; sizes that it no longer holds become constants."""
-        names = {node.name: node.target for node in graph.nodes}
-        inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
-
-        def name_of(node: fx.Node) -> str | None:
-            if node.op == "placeholder":  # renamed by the export; lifted constants come on top
-                traced = [other for other in node.graph.nodes if other.op == "placeholder"]
-                return inputs[traced.index(node)] if len(traced) == len(inputs) else None
-            return node.name if names.get(node.name) == node.target else None
+        names = {node.meta[MARK]: node.name for node in graph.nodes if MARK in node.meta}
 
         def resolve(leaf: Any) -> Expression:
             if not isinstance(leaf, SizeOf):
                 return leaf
-            name = name_of(leaf.node)
+            name = names.get(leaf.node.meta[MARK])
             return leaf.node.meta["val"].shape[leaf.dim] if name is None else SizeOf(name, leaf.dim)
 
         def resolve_all(values: list[int]) -> list[int]:
             return [TracedInt(value, substitute(expression_of(value), resolve)) for value in values]
 
-        integers = {name: resolve_all(values) for node, values in self.integers.items() if (name := name_of(node))}
+        integers = {
+            names[node.meta[MARK]]: resolve_all(values)
+            for node, values in self.integers.items()
+            if node.meta[MARK] in names
+        }
         equalities = dict.fromkeys(
             equation._replace(left=substitute(equation.left, resolve), right=substitute(equation.right, resolve))
             for equation in self.equalities

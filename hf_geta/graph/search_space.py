@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hf_geta.graph.axes import AxisNode, Reason, find, freeze, is_frozen, leaves, positions, reasons, tags
+from hf_geta.graph.axes import AxisNode, Reason, find, freeze, is_frozen, leaves, positions, tags
 from hf_geta.graph.capture import transient_buffers
 from hf_geta.graph.integers import (
     Attribute,
@@ -29,7 +29,7 @@ from hf_geta.quantization.quantizers import Quantizer
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = 3
+SAMPLES = 6  # of sizes for all leaves together; a wrong guess that survives one is rare, six is none seen
 MAX_DISTANCE = 2  # of the modules of a leaf below the one that it is named after: attention -> self -> query
 SUFFIXES = {
     "attention_head": "heads",
@@ -74,7 +74,7 @@ class SearchSpace:
         for (name, dim), axis in self.dims.items():
             for leaf, indices in positions(axis).items():
                 self.slots.setdefault(leaf, []).append(Slot(name, dim, indices))
-        kinds = {leaf: self._kind(leaf) for leaf in self.slots if not is_frozen(leaf) and leaf.size > 1}
+        kinds = {leaf: self._kind(leaf) for leaf in self.slots if not is_frozen(leaf)}
         self.free = {leaf: (name, kinds[leaf]) for leaf, name in self._names(kinds).items()}
 
     def _freeze_by_policy(self, transient: Collection[str]) -> None:
@@ -86,6 +86,13 @@ class SearchSpace:
                     freeze(leaf, Reason(f"{name} is rebuilt by the model's code, not loaded"))
                 if CONSUMED not in tags(leaf):
                     freeze(leaf, Reason("nothing sums over it with a weight"))
+                if leaf.size == 1:
+                    freeze(leaf, Reason("it has one entry"))
+        for equation in self._walk.axes.equations:
+            for part in _equation_leaves(equation):
+                for leaf in leaves(part) if isinstance(part, AxisNode) else ():
+                    if leaf not in owners:
+                        freeze(leaf, Reason("no parameter has it"))
         for axis in self.dims.values():
             _freeze_rival_factors(axis, owners)
 
@@ -98,7 +105,7 @@ class SearchSpace:
             names = dict.fromkeys(leaf for equation in equations for leaf in _equation_leaves(equation))
             if samples == SAMPLES:
                 return _connected(equations)
-            sizes = {leaf: generator.randint(1, leaf.size) for leaf in names if isinstance(leaf, AxisNode)}
+            sizes = {leaf: generator.randint(1, leaf.size - 1) for leaf in names if isinstance(leaf, AxisNode)}
             try:
                 solve(equations, sizes, self._walk.captured.attributes)
                 samples += 1
@@ -228,8 +235,3 @@ def _common_path(paths: list[list[str]]) -> list[str]:
             break
         common.append(steps[0])
     return common
-
-
-def frozen_reasons(leaf: AxisNode) -> tuple[Reason, ...]:
-    """Why a leaf is no axis of the search space."""
-    return reasons(leaf) or (Reason("it has one entry"),)

@@ -128,9 +128,9 @@ def test_attributes_are_set_on_modules_and_on_configs_of_their_own():
 
 def test_names_that_the_model_does_not_have_are_refused():
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="Sequential has no parameter or buffer 1.weight"):
+    with pytest.raises(ValueError, match=r"Sequential has no parameter or buffer 1\.weight"):
         slice_(model, {"1.weight": {0: KEPT}})
-    with pytest.raises(ValueError, match="Sequential has no parameter or buffer 1.weight"):
+    with pytest.raises(ValueError, match=r"Sequential has no parameter or buffer 1\.weight"):
         resize_(model, {"1.weight": (1, 1)})
     for path in ("0.heads", "1.heads", "0.config.heads", "0.weight"):
         with pytest.raises(ValueError, match=f"{path}: Sequential has no such int attribute"):

@@ -40,7 +40,7 @@ LAYERS = {
 
 
 class Snippet(nn.Module):
-    """A forward given as a function of the module and x, over the layers above (those that it does not use are no part of it)."""
+    """A forward given as a function of the module and x, over the layers above."""
 
     def __init__(self, forward) -> None:
         super().__init__()

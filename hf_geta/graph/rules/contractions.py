@@ -49,6 +49,18 @@ def einsum(axes: Axes, equation: str, tensors: Sequence[TensorAxes], *_path: Any
     return axes.contract((tensors[0], labels[0]), (tensors[1], labels[1]), output)
 
 
+@rule("transformers::grouped_mm_fallback", "aten::_grouped_mm")
+def grouped_matmul(
+    axes: Axes, x: TensorAxes, weight: TensorAxes, ends: TensorAxes | None = None, *_: Any
+) -> TensorAxes:
+    """Mixture of experts: rows (tokens, in), sorted by expert, times each its expert's weight (experts, in, out)."""
+    if len(x) != 2 or len(weight) != 3:
+        raise ValueError(f"rows of rank {len(x)} and weights of rank {len(weight)}")
+    axes.freeze((weight[0], *(ends or ())), "chosen by number")
+    one_expert = TensorAxes.of(weight[1:], weight.parameter)
+    return axes.contract((x, ["token", "in"]), (one_expert, ["in", "out"]), ["token", "out"])
+
+
 @rule(aten.conv1d, aten.conv2d, aten.conv3d)
 def convolution(
     axes: Axes,

@@ -23,7 +23,9 @@ LOGIC = (aten.__and__, aten.__or__, aten.__xor__, aten.masked_fill, aten.fill, a
 LIKE = (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like)
 
 
-@rule(torch.Tag.pointwise, *LOGIC, aten.log_sigmoid, aten.floor_divide, aten.prelu, aten.isin, aten.bernoulli)
+@rule(
+    torch.Tag.pointwise, *LOGIC, aten.where, aten.log_sigmoid, aten.floor_divide, aten.prelu, aten.isin, aten.bernoulli
+)
 def pointwise(axes: Axes, *arguments: Any) -> TensorAxes:
     operands = [argument for argument in arguments if isinstance(argument, TensorAxes)]
     result = axes.broadcast(operands, axes.shape)

@@ -24,7 +24,8 @@ KEEPS_ZEROS: set[Any] = set()
 
 
 def rule(*operators: Any, keeps_zeros: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as the rule of operators, given as packets (`aten.add`) or overloads (`aten.add.Tensor`).
+    """Register a function as the rule of operators, given as packets (`aten.add`) or overloads (`aten.add.Tensor`),
+    or by name ("library::operator") where the library may not be there.
 
     Rules of in-place variants are those of the functional operators.
 
@@ -53,7 +54,7 @@ def _keys(operator: Any) -> list[Any]:
     if not isinstance(operator, torch._ops.OpOverload):
         return [operator]
     packet = operator.overloadpacket
-    keys = [operator, packet]
+    keys = [operator, packet, operator._schema.name]
     name = operator._schema.name.rpartition("::")[2]
     if name.endswith("_") and not name.endswith("__"):
         keys.append(getattr(getattr(torch.ops, operator.namespace), name[:-1], packet))

@@ -68,6 +68,11 @@ def matrix_transpose(axes: Axes, x: TensorAxes) -> TensorAxes:
     return TensorAxes.of((*x[:-2], *reversed(x[-2:])))
 
 
+@rule(aten.numpy_T, keeps_zeros=True)
+def reverse(axes: Axes, x: TensorAxes) -> TensorAxes:
+    return TensorAxes.of(reversed(x))
+
+
 @rule(aten.movedim, aten.moveaxis, keeps_zeros=True)
 def movedim(axes: Axes, x: TensorAxes, source: Any, target: Any) -> TensorAxes:
     pairs = [(source, target)] if isinstance(source, int) else zip(source, target, strict=True)

@@ -135,9 +135,10 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
 def restore_modules_(model: nn.Module) -> None:
     """Undo `quantize_modules_`: the float layers again, with the same parameters."""
     floats = {quantized: plain for plain, quantized in QUANTIZED_CLASSES.items()}
-    for module in quantized_layers(model).values():
-        module.__class__ = floats[type(module)]
-        del module.weight_quantizer, module.input_quantizer
+    layers: dict[str, Any] = dict(quantized_layers(model))
+    for layer in layers.values():
+        layer.__class__ = floats[type(layer)]
+        del layer.weight_quantizer, layer.input_quantizer
 
 
 def _weight_quantizer(name: str, module: nn.Module, channel_dim: int, config: GETAConfig) -> Quantizer:

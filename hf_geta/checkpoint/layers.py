@@ -1,7 +1,8 @@
 """Layers that run from packed weights: PackedLinear, PackedConv2d, PackedConv1D.
 
-In the state dict, `weight` is the flat stream of codes (uint8) and `step_size` its scale (float32). In the program,
-`layer.weight` reads as what it stands for, the decoded float weight, because models ask for its dtype and device.
+In the state dict, `weight` is the flat stream of codes (uint8); its scale is one number of the manifest or, per output
+channel, `step_size` (float32). In the program, `layer.weight` reads as what it stands for, the decoded float weight,
+because models ask for its dtype and device.
 """
 
 from __future__ import annotations
@@ -15,29 +16,35 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta.checkpoint.manifest import LayerManifest
-from hf_geta.checkpoint.packing import packed_bytes, unpack_codes
+from hf_geta.checkpoint.packing import highest_code, packed_bytes, unpack_codes
 from hf_geta.quantization.functional import fake_quantize
 
 
 class _Decoded(NamedTuple):
     """A decoded weight and what it was decoded from; torch counts in-place changes of each tensor."""
 
-    tensors: tuple[Tensor, Tensor, Tensor]  # codes, step size, weight
+    sources: tuple[Tensor, ...]  # codes and, per channel, step sizes
+    weight: Tensor
     versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sources: tuple[Tensor, ...], weight: Tensor) -> _Decoded:
+        return cls(sources, weight, _versions(*sources, weight))
+
+    def is_current(self, sources: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+        same = len(sources) == len(self.sources) and all(a is b for a, b in zip(sources, self.sources, strict=True))
+        return same and self.weight.dtype == dtype and self.versions == _versions(*sources, self.weight)
 
 
 class PackedLayer(nn.Module):
     """What the packed layers have in common; combined with the dense layer that it stands in for.
 
-    Buffers: `weight` uint8 (ceil(numel * bits / 8),); `step_size` float32, () or (out,); with quantized activations
-    `input_step_size` and `input_clip_max`, float32 (). They keep these types whatever the model is cast to; the
-    decoded weight and the bias follow the model.
+    Buffers: `weight` uint8 (ceil(numel * bits / 8),) and, with a granularity of "channel", `step_size` float32 (out,).
+    They keep these types whatever the model is cast to; the decoded weight and the bias follow the model. Single
+    numbers, the step sizes of a whole weight and of the input, are the manifest's.
     """
 
     channel_dim = 0  # of the dense weight
-    step_size: Tensor
-    input_step_size: Tensor
-    input_clip_max: Tensor
 
     def __init__(self, dense: nn.Module, manifest: LayerManifest, shared_with: PackedLayer | None = None) -> None:
         """An empty packed layer with the hyperparameters, bias, device and dtype of `dense`.
@@ -58,39 +65,31 @@ class PackedLayer(nn.Module):
             # Not register_buffer: it asks hasattr(self, "weight"), which would decode.
             size = packed_bytes(math.prod(manifest.shape), manifest.bits)
             self._buffers["weight"] = torch.empty(size, dtype=torch.uint8, device=device)  # type: ignore[arg-type]
-            channels = manifest.shape[self.channel_dim : self.channel_dim + 1]
-            self._add_scale("step_size", channels if manifest.granularity == "channel" else (), device)
-        if manifest.activation_bits is not None:
-            self._add_scale("input_step_size", (), device)
-            self._add_scale("input_clip_max", (), device)
+            if manifest.granularity == "channel":
+                channels = manifest.shape[self.channel_dim]
+                self.register_buffer("step_size", torch.empty(channels, dtype=torch.float32, device=device))  # type: ignore[arg-type]
         self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
-
-    def _add_scale(self, name: str, shape: tuple[int, ...], device: Any) -> None:
-        self.register_buffer(name, torch.empty(shape, dtype=torch.float32, device=device))
 
     @property
     def weight(self) -> Tensor:
         """The weight that the codes stand for, float, in the dense shape; on the meta device the codes themselves.
 
-        Decoded at the first reading and kept until codes, step size, dtype or device change.
+        Decoded at the first reading and kept until codes, step sizes, dtype or device change.
         """
         if self.shared_with:
             return self.shared_with[0].weight
-        codes, step_size = self.codes(), self.step_size
+        codes, step_sizes = self.codes(), self._buffers.get("step_size")
         if codes.is_meta:  # loading by name compares shapes with the file: nothing to decode yet
             return codes
         if torch.compiler.is_compiling():
-            return self._decode(codes, step_size)
-        kept = self._decoded
-        if kept is not None and kept.tensors[0] is codes and kept.tensors[1] is step_size:
-            current = kept.tensors[2].dtype == self.weight_dtype and kept.versions == _versions(*kept.tensors)
-            if current:
-                return kept.tensors[2]
+            return self._decode(codes, step_sizes)
+        sources = (codes,) if step_sizes is None else (codes, step_sizes)
+        if self._decoded is not None and self._decoded.is_current(sources, self.weight_dtype):
+            return self._decoded.weight
         with torch.inference_mode(False):
-            weight = self._decode(codes, step_size)
+            weight = self._decode(codes, step_sizes)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # no initialization writes into it
-        tensors = (codes, step_size, weight)
-        self._decoded = _Decoded(tensors, _versions(*tensors))
+        self._decoded = _Decoded.of(sources, weight)
         return weight
 
     def codes(self) -> Tensor:
@@ -101,7 +100,7 @@ class PackedLayer(nn.Module):
         assert codes is not None
         if codes.dtype != torch.uint8 and self._decoded is not None:
             # accelerate places a module on a device by reading each tensor and writing it back: it read the weight.
-            codes = self._buffers["weight"] = self._decoded.tensors[0].to(codes.device)
+            codes = self._buffers["weight"] = self._decoded.sources[0].to(codes.device)
         return codes
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -113,28 +112,32 @@ class PackedLayer(nn.Module):
         super().__setattr__(name, value)
 
     @torch.no_grad()
-    def _decode(self, codes: Tensor, step_size: Tensor) -> Tensor:
+    def _decode(self, codes: Tensor, step_sizes: Tensor | None) -> Tensor:
         shape = self.manifest.shape
         integers = unpack_codes(codes, self.manifest.bits, math.prod(shape)).view(shape)
-        if step_size.dim():  # one step size per output channel
-            step_size = step_size.view([-1 if dim == self.channel_dim else 1 for dim in range(len(shape))])
+        if step_sizes is None:
+            step_size = _scalar(self.manifest.step_size, codes.device)
+        else:
+            step_size = step_sizes.view([-1 if dim == self.channel_dim else 1 for dim in range(len(shape))])
         return (step_size * integers).to(self.weight_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """The dense layer's output, from the decoded weight and, where activations are quantized, a rounded input."""
         if self.manifest.activation_bits is not None:
             signed = bool(self.manifest.activation_signed)
-            input = fake_quantize(input, self.input_step_size, self.input_clip_max, signed=signed)
+            step_size = _scalar(self.manifest.activation_step_size, input.device)
+            # To clip x at the highest code's value or round(x / d) at the highest code is the same: both are monotone.
+            clip_max = step_size * highest_code(self.manifest.activation_bits, signed)
+            input = fake_quantize(input, step_size, clip_max, signed=signed)
         return super().forward(input)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
-        """`fn` (a move or a cast) on everything, but the scales stay float32; they are exact numbers of the format."""
-        scales = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and name != "weight"}
+        """`fn` (a move or a cast) on everything, but step sizes stay float32: they are exact numbers of the format."""
+        step_sizes = self._buffers.get("step_size")
         super()._apply(fn, recurse)
-        for name, scale in scales.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype != scale.dtype:
-                self._buffers[name] = scale.to(moved.device)
+        moved = self._buffers.get("step_size")
+        if step_sizes is not None and moved is not None and moved.dtype != step_sizes.dtype:
+            self._buffers["step_size"] = step_sizes.to(moved.device)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self
 
@@ -161,6 +164,12 @@ class PackedConv1D(PackedLayer, Conv1D):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"PackedConv1D(nf={self.nf}, nx={self.nx}, bits={self.manifest.bits})"
+
+
+def _scalar(value: float | None, device: torch.device) -> Tensor:
+    """A number of the manifest on `device`, float32 (): written there by a fill, nothing is copied or waited for."""
+    assert value is not None
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _versions(*tensors: Tensor) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """What config.json says about a compressed model: `quantization_config` with `quant_method: "geta"`.
 
 It holds what the model's own config cannot say: tensors that are smaller than the config builds them, attributes
-that had to follow, and the width of every packed layer. In config.json the names are those of the file of weights,
-in the program those of the model's modules and tensors; `names.py` has the map.
+that had to follow, and the width and step size of every packed layer. In config.json the names are those of the file
+of weights, in the program those of the model's modules and tensors; `names.py` has the map.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_geta.checkpoint.names import Rename, file_to_module, module_to_file
@@ -22,16 +23,20 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class LayerManifest:
-    """One packed layer: the width of its weight, its shape as kept, and how its input is quantized.
+    """One packed layer: the width of its weight, its shape as kept, its step size, and how its input is quantized.
 
-    `shared_with` names the layer whose packed weight this one uses, where two layers share one.
+    `step_size` is that of a granularity of "tensor"; those of channels are a tensor of the file. `shared_with` names
+    the layer whose packed weight, step size included, this one uses, where two layers share one. Step sizes are
+    float32 numbers: Python's floats, and with them JSON, hold each exactly.
     """
 
     bits: int
     shape: tuple[int, ...]
     granularity: str = "tensor"
+    step_size: float | None = None
     activation_bits: int | None = None
     activation_signed: bool | None = None
+    activation_step_size: float | None = None
     shared_with: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -235,7 +240,23 @@ def _parse_layer(name: str, values: Mapping[str, Any]) -> LayerManifest:
     if activation_bits is not None and not isinstance(layer.activation_signed, bool):
         signed = layer.activation_signed
         raise ValueError(f"layers: {name} has activation_bits={activation_bits} and activation_signed={signed!r}.")
+    per_tensor = layer.granularity == "tensor" and layer.shared_with is None
+    _check_step_size(name, "step_size", layer.step_size, per_tensor, "a weight of its own with granularity 'tensor'")
+    quantized = activation_bits is not None
+    _check_step_size(name, "activation_step_size", layer.activation_step_size, quantized, "activation_bits")
     return layer
+
+
+def _check_step_size(name: str, key: str, value: Any, required: bool, owner: str) -> None:
+    """A positive number, as float32 too, where there is what it is the step size of; else none."""
+    if not required:
+        if value is not None:
+            raise ValueError(f"layers: {name} has {key}={value!r}, which only a layer with {owner} has.")
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    limits = torch.finfo(torch.float32)
+    if not (is_number and limits.tiny <= value <= limits.max):
+        raise ValueError(f"layers: {name} has {key}={value!r}: a step size is a finite, positive float32 number.")
 
 
 def _parse_shape(name: str, shape: Any) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_geta.checkpoint.layers import PackedLayer, packed_class, replace_with_packed_
-from hf_geta.checkpoint.manifest import LayerManifest, read_manifest, write_manifest_
+from hf_geta.checkpoint.manifest import LayerManifest, Manifest, read_manifest, write_manifest_
 from hf_geta.checkpoint.names import saving_conversions, without_conversions_of
-from hf_geta.checkpoint.packing import pack_codes
+from hf_geta.checkpoint.packing import highest_code, pack_codes
 from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
 
@@ -78,6 +79,7 @@ def _check_sharing(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> No
 
 
 def _describe(layers: Mapping[str, QuantizedLayer]) -> dict[str, LayerManifest]:
+    """The manifest entry of every layer; ValueError for one that a loader would refuse."""
     owners: dict[tuple[Tensor, Quantizer], str] = {}
     manifests = {}
     for name, layer in layers.items():
@@ -85,36 +87,40 @@ def _describe(layers: Mapping[str, QuantizedLayer]) -> dict[str, LayerManifest]:
         inputs = layer.input_quantizer
         if inputs is not None and not inputs.enabled:
             inputs = None  # never calibrated: its input stayed in float
+        per_tensor = layer.weight_quantizer.log_channel_scale is None
         manifests[name] = LayerManifest(
             bits=_whole_bits(f"{name}.weight", layer.weight_quantizer),
             shape=tuple(layer.weight.shape),
-            granularity="tensor" if layer.weight_quantizer.log_channel_scale is None else "channel",
+            granularity="tensor" if per_tensor else "channel",
+            step_size=float(layer.weight_quantizer.step_size) if per_tensor and owner == name else None,
             activation_bits=None if inputs is None else _whole_bits(f"the input of {name}", inputs),
             activation_signed=None if inputs is None else inputs.signed,
+            activation_step_size=None if inputs is None else float(inputs.step_size),
             shared_with=None if owner == name else owner,
         )
+    Manifest.from_dict(Manifest(layers=manifests).to_dict())
     return manifests
 
 
 def _whole_bits(what: str, quantizer: Quantizer) -> int:
+    """The width as an int, if it is one and q_m is where the grid of that width ends: the file holds no q_m."""
     bits = float(quantizer.bits)
-    if not abs(bits - round(bits)) <= WIDTH_TOLERANCE_BITS:
-        raise ValueError(f"{what} has {bits:.4g} bits: only whole widths can be packed; the cool-down rounds them.")
-    return round(bits)
+    if math.isfinite(bits) and abs(bits - round(bits)) <= WIDTH_TOLERANCE_BITS:
+        top = quantizer.clip_max if quantizer.exponent is None else quantizer.clip_max**quantizer.exponent
+        if int(torch.round(top / quantizer.step_size)) == highest_code(round(bits), quantizer.signed):
+            return round(bits)
+    raise ValueError(f"{what} has {bits:.7g} bits: only whole widths can be packed; the cool-down rounds them.")
 
 
 def _fill_(packed: PackedLayer, layer: QuantizedLayer) -> None:
-    """Codes and scales of a quantized layer into the empty packed one."""
+    """Codes and step sizes per channel of a quantized layer into the empty packed one."""
+    if packed.shared_with:
+        return
     quantizer = layer.weight_quantizer
-    if not packed.shared_with:
-        step_size = quantizer.step_size
-        if quantizer.channel_scale is not None:
-            step_size = (step_size * quantizer.channel_scale).reshape(-1)  # (out,)
-        packed.get_buffer("step_size").copy_(step_size)
-        packed._buffers["weight"] = pack_codes(quantizer.codes(layer.weight), packed.manifest.bits)
-    if packed.manifest.activation_bits is not None and layer.input_quantizer is not None:
-        packed.get_buffer("input_step_size").copy_(layer.input_quantizer.step_size)
-        packed.get_buffer("input_clip_max").copy_(layer.input_quantizer.clip_max)
+    if quantizer.channel_scale is not None:
+        step_size = quantizer.step_size * quantizer.channel_scale  # (out, 1, ...) or (1, out)
+        packed.get_buffer("step_size").copy_(step_size.reshape(-1))
+    packed._buffers["weight"] = pack_codes(quantizer.codes(layer.weight), packed.manifest.bits)
 
 
 def _keep_out_of_conversions_(model: PreTrainedModel, manifests: Mapping[str, LayerManifest]) -> None:

@@ -18,6 +18,11 @@ def packed_bytes(numel: int, bits: int) -> int:
     return -(-numel * bits // 8)
 
 
+def highest_code(bits: int, signed: bool = True) -> int:
+    """2^(bits-1) - 1, whose negative is the lowest code; on an unsigned grid 2^bits - 1, and 0 is the lowest."""
+    return (1 << bits - signed) - 1
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """The codes as one stream of `bits` bits each.
 

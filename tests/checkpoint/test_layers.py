@@ -46,24 +46,70 @@ def test_packed_layer_computes_what_the_quantized_one_does_bit_for_bit(kind, gra
         assert torch.equal(packed(x), layer(x))
 
 
+@pytest.mark.parametrize("activation_bits", [2, 3, 6, 8, 12, 16])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_without_its_clip_an_input_is_rounded_to_the_same_bits_inside_at_and_far_beyond_the_clip(
+    activation_bits, signed, dtype
+):
+    layer, _ = _quantized("linear without bias", 16, "tensor", activation_bits, signed)
+    grid = layer.input_quantizer
+    for clip in torch.cat([torch.rand(20) * 10, torch.tensor([1e-6, 1e-3, 1.0, 4.0, 1e5])]):
+        grid.set_range_(clip, activation_bits, signed)
+        packed = pack_layer(layer)
+        q_m, d = grid.clip_max.detach(), grid.step_size.detach()
+        halves = (torch.arange(-3, 2**activation_bits + 3).float() + 0.5) * d  # ties, around both ends too
+        ends = torch.stack([q_m, q_m.nextafter(q_m * 2), q_m.nextafter(q_m / 2), q_m - d / 2, q_m + d / 2, q_m * 0])
+        beyond = q_m * torch.tensor([1.001, 2.0, 1e3, 1e30, torch.inf])
+        x = torch.cat([torch.randn(200) * q_m, halves[-2000:], halves[:2000], ends, beyond])
+        x = torch.cat([x, -x]).to(dtype)
+        rounded = _rounded_input(packed, x)
+        assert torch.equal(rounded, grid(x))
+        if dtype == torch.float32:  # as the format states it
+            low = -(2 ** (activation_bits - 1) - 1) if signed else 0
+            high = 2 ** (activation_bits - 1) - 1 if signed else 2**activation_bits - 1
+            assert torch.equal(rounded, d * (x / d).round().clamp(low, high))
+
+
+def _rounded_input(packed, x):
+    """What the packed layer multiplies its weight with."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", lambda self, input: seen.append(input))
+        packed(x)
+    return seen[0]
+
+
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_state_dict_holds_flat_codes_and_float32_scales(kind):
-    layer, _ = _quantized(kind, 5, "channel", 8)
+def test_the_state_dict_holds_flat_codes_and_the_manifest_the_step_sizes(kind):
+    layer, _ = _quantized(kind, 5, "tensor", 8)
     packed = pack_layer(layer)
     state = packed.state_dict()
-    channels = layer.weight.shape[packed.channel_dim]
     assert (state["weight"].dtype, state["weight"].shape) == (torch.uint8, (-(-layer.weight.numel() * 5 // 8),))
-    assert (state["step_size"].dtype, state["step_size"].shape) == (torch.float32, (channels,))
-    for name in ("input_step_size", "input_clip_max"):
-        assert (state[name].dtype, state[name].shape) == (torch.float32, ())
-    assert set(state) - {"bias"} == {"weight", "step_size", "input_step_size", "input_clip_max"}
+    assert set(state) - {"bias"} == {"weight"}
+    assert packed.manifest.step_size == layer.weight_quantizer.step_size.item()
+    assert packed.manifest.activation_step_size == layer.input_quantizer.step_size.item()
     assert packed.bias is layer.bias
     assert [name for name, _ in packed.named_parameters()] == (["bias"] if layer.bias is not None else [])
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_step_sizes_of_channels_are_a_float32_tensor_of_the_state_dict(kind):
+    layer, _ = _quantized(kind, 5, "channel")
+    packed = pack_layer(layer)
+    state = packed.state_dict()
+    assert set(state) - {"bias"} == {"weight", "step_size"}
+    assert (state["step_size"].dtype, state["step_size"].shape) == (
+        torch.float32,
+        (layer.weight.shape[packed.channel_dim],),
+    )
+    assert packed.manifest.step_size is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_cast_changes_the_weight_that_is_read_but_no_number_of_the_format(dtype):
-    layer, x = _quantized("conv", 6, "channel", 8)
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_cast_changes_the_weight_that_is_read_but_no_number_of_the_format(dtype, granularity):
+    layer, x = _quantized("conv", 6, granularity, 8)
     packed = pack_layer(layer)
     before = {name: tensor.clone() for name, tensor in packed.state_dict().items() if name != "bias"}
     weight = packed.weight
@@ -78,8 +124,8 @@ def test_a_cast_changes_the_weight_that_is_read_but_no_number_of_the_format(dtyp
 
 
 def test_the_weight_is_decoded_once_and_again_when_what_it_stands_for_changes():
-    packed = pack_layer(_quantized("linear", 4)[0])
-    other = pack_layer(_quantized("linear", 4)[0])
+    packed = pack_layer(_quantized("linear", 4, "channel")[0])
+    other = pack_layer(_quantized("linear", 4, "channel")[0])
     first = packed.weight
     assert packed.weight is first
     with torch.no_grad():
@@ -87,8 +133,16 @@ def test_the_weight_is_decoded_once_and_again_when_what_it_stands_for_changes():
     assert torch.equal(other.weight, 2 * first)
     packed.load_state_dict(other.state_dict())
     assert torch.equal(packed.weight, 2 * first)
-    packed.load_state_dict(pack_layer(_quantized("linear", 4)[0]).state_dict(), assign=True)
+    packed.load_state_dict(pack_layer(_quantized("linear", 4, "channel")[0]).state_dict(), assign=True)
     assert torch.equal(packed.weight, first)
+
+
+def test_other_codes_are_decoded_anew():
+    packed = pack_layer(_quantized("linear", 4)[0])
+    first = packed.weight
+    assert packed.weight is first
+    packed.load_state_dict({**packed.state_dict(), "weight": torch.zeros(18, dtype=torch.uint8)})
+    assert torch.equal(packed.weight, torch.zeros(5, 7))
 
 
 def test_nothing_written_into_the_weight_stays_there():
@@ -136,8 +190,9 @@ def test_input_and_bias_get_gradients_also_after_the_first_reading_in_inference_
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "conv1d"])
-def test_an_exported_packed_layer_computes_the_same(kind):
-    layer, x = _quantized(kind, 4, "channel", 8)
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_an_exported_packed_layer_computes_the_same(kind, granularity):
+    layer, x = _quantized(kind, 4, granularity, 8)
     packed = pack_layer(layer)
     expected = packed(x)
     with torch.no_grad():

@@ -1,4 +1,6 @@
 import json
+import math
+import re
 
 import pytest
 import torch
@@ -17,14 +19,21 @@ def model():
 
 
 def _layer(**changes):
-    return {"bits": 4, "shape": [4, 8], "granularity": "tensor", **changes}
+    return {"bits": 4, "shape": [4, 8], "granularity": "tensor", "step_size": 0.5, **changes}
 
 
 def test_a_manifest_survives_json_and_is_these_values():
+    tenth = torch.tensor(0.1).item()  # the float32 nearest to 0.1
     manifest = Manifest(
         shapes={"b": (2,), "a": (3, 4)},
         attributes={"layer.heads": 2},
-        layers={"y": LayerManifest(4, (3, 4), "channel", 8, True), "x": LayerManifest(2, (3, 4), shared_with="y")},
+        layers={
+            "z": LayerManifest(4, (3, 4), step_size=tenth),
+            "y": LayerManifest(
+                4, (3, 4), "channel", activation_bits=8, activation_signed=True, activation_step_size=0.25
+            ),
+            "x": LayerManifest(2, (3, 4), shared_with="y"),
+        },
     )
     values = manifest.to_dict()
     assert values == {
@@ -40,11 +49,13 @@ def test_a_manifest_survives_json_and_is_these_values():
                 "granularity": "channel",
                 "activation_bits": 8,
                 "activation_signed": True,
+                "activation_step_size": 0.25,
             },
+            "z": {"bits": 4, "shape": [3, 4], "granularity": "tensor", "step_size": 0.10000000149011612},
         },
     }
     assert list(values["shapes"]) == ["a", "b"]
-    assert list(values["layers"]) == ["x", "y"]
+    assert list(values["layers"]) == ["x", "y", "z"]
     assert Manifest.from_dict(json.loads(json.dumps(values))) == manifest
 
 
@@ -81,15 +92,52 @@ def test_a_model_of_another_quantization_method_is_refused(model):
         ({"layers": {"a": {"bits": 4}}}, r"a\.weight has shape None"),
         ({"layers": {"a": _layer(activation_bits=32)}}, "layers: a has activation_bits=32"),
         ({"layers": {"a": _layer(activation_bits=8)}}, "layers: a has activation_bits=8 and activation_signed=None"),
+        (
+            {"layers": {"a": _layer(activation_bits=8, activation_signed=True)}},
+            "layers: a has activation_step_size=None: a step size is a finite, positive float32 number",
+        ),
+        (
+            {"layers": {"a": _layer(activation_bits=8, activation_signed=True, activation_step_size=-0.5)}},
+            "layers: a has activation_step_size=-0.5: a step size is",
+        ),
+        (
+            {"layers": {"a": _layer(activation_step_size=0.5)}},
+            "layers: a has activation_step_size=0.5, which only a layer with activation_bits has",
+        ),
+        *(
+            (
+                {"layers": {"a": _layer(step_size=value)}},
+                f"layers: a has step_size={re.escape(repr(value))}: a step size",
+            )
+            for value in (None, 0, 0.0, -1.0, math.inf, math.nan, 1e39, 1e-60, True, "0.5")
+        ),
+        ({"layers": {"a": _layer(step_size=[0.5])}}, r"layers: a has step_size=\[0.5\]: a step size is"),
+        (
+            {"layers": {"a": _layer(granularity="channel")}},
+            "layers: a has step_size=0.5, which only a layer with a weight of its own with granularity 'tensor' has",
+        ),
+        (
+            {"layers": {"a": _layer(shared_with="b"), "b": _layer()}},
+            "layers: a has step_size=0.5, which only a layer with a weight of its own",
+        ),
         ({"layers": {"a": _layer(granularity="row")}}, "layers: a has granularity='row': it is one of"),
         ({"layers": {"a": _layer(zero_point=3)}}, "layers: a has no zero_point; its keys are"),
-        ({"layers": {"a": _layer(shared_with="b")}}, "layers: a is shared_with 'b', which holds no such weight"),
         (
-            {"layers": {"a": _layer(shared_with="b"), "b": _layer(shape=[4, 9])}},
+            {"layers": {"a": _layer(shared_with="b", step_size=None)}},
             "layers: a is shared_with 'b', which holds no such weight",
         ),
         (
-            {"layers": {"a": _layer(shared_with="b"), "b": _layer(shared_with="c"), "c": _layer()}},
+            {"layers": {"a": _layer(shared_with="b", step_size=None), "b": _layer(shape=[4, 9])}},
+            "layers: a is shared_with 'b', which holds no such weight",
+        ),
+        (
+            {
+                "layers": {
+                    "a": _layer(shared_with="b", step_size=None),
+                    "b": _layer(shared_with="c", step_size=None),
+                    "c": _layer(),
+                }
+            },
             "which holds no such weight",
         ),
     ],
@@ -122,7 +170,7 @@ def test_a_manifest_finds_its_names_with_and_without_a_head(model):
     head = Manifest(
         shapes={f"{QUERY}.bias": (4,), "classifier.bias": (1,)},
         attributes={"bert.encoder.layer.0.attention.self.num_attention_heads": 1},
-        layers={QUERY: LayerManifest(4, (4, 8))},
+        layers={QUERY: LayerManifest(4, (4, 8), step_size=0.5)},
     )
     assert fit_manifest(head, model) == head
     model.bert.config.architectures = ["BertForSequenceClassification"]  # as saved

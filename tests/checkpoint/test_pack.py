@@ -5,7 +5,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_geta.checkpoint.layers import PackedLayer, PackedLinear
 from hf_geta.checkpoint.manifest import LayerManifest, Manifest, read_manifest, write_manifest_
-from hf_geta.checkpoint.pack import pack_model_
+from hf_geta.checkpoint.pack import pack_layer, pack_model_
 from hf_geta.config import GETAConfig
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers
 
@@ -51,6 +51,7 @@ def test_a_packed_model_computes_what_the_quantized_one_does_bit_for_bit(activat
 def test_the_manifest_says_what_was_packed_and_keeps_what_was_pruned():
     model = _set_bits(_llama(granularity="channel", activation_bits=(4, 8)), 5)
     up, norm = "model.layers.0.mlp.up_proj", "model.layers.0.input_layernorm"
+    input_step_size = quantized_layers(model)[up].input_quantizer.step_size.item()
     write_manifest_(
         model,
         Manifest(
@@ -65,7 +66,9 @@ def test_the_manifest_says_what_was_packed_and_keeps_what_was_pruned():
     manifest = read_manifest(pack_model_(model))
     assert manifest.shapes == {f"{norm}.weight": (8,)}
     assert manifest.attributes == {f"{up}.out_features": 12}
-    assert manifest.layers[up] == LayerManifest(5, (12, 8), "channel", 8, True)
+    assert manifest.layers[up] == LayerManifest(
+        5, (12, 8), "channel", activation_bits=8, activation_signed=True, activation_step_size=input_step_size
+    )
     assert "lm_head" not in manifest.layers
     assert isinstance(model.config.quantization_config, dict)
 
@@ -81,6 +84,26 @@ def test_a_width_that_is_not_whole_is_refused_and_named():
     model.model.layers[0].mlp.up_proj.input_quantizer.set_bits_(7.5)
     with pytest.raises(ValueError, match=r"the input of model.layers.0.mlp.up_proj has 7.5 bits"):
         pack_model_(model)
+
+
+def test_a_clip_that_is_not_where_its_grid_ends_is_refused_and_named():
+    """At 16 bits a thousandth of a bit is 22 codes: the file, which holds no clip, would clip elsewhere."""
+    model = _set_bits(_llama(activation_bits=(4, 16)))
+    layer = model.model.layers[0].mlp.up_proj
+    layer.input_quantizer.set_range_(2.0, 15.9995)
+    with pytest.raises(ValueError, match=r"the input of model.layers.0.mlp.up_proj has 15.9995 bits"):
+        pack_model_(model)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_width_that_was_set_to_a_whole_number_packs_whatever_the_range(signed):
+    layer = nn.Sequential(nn.Linear(3, 2))
+    quantize_modules_(layer, GETAConfig(weight_bits=(2, 16), activation_bits=(2, 16)))
+    quantizer = layer[0].input_quantizer
+    for clip in torch.logspace(-12, 12, 200):
+        for bits in range(2, 17):
+            quantizer.set_range_(clip, bits, signed)
+            assert pack_layer(layer[0]).manifest.activation_bits == bits
 
 
 def test_a_refused_model_is_left_as_it_was():
@@ -138,6 +161,6 @@ def test_layers_that_share_one_weight_share_one_packed_tensor():
     assert isinstance(model.second, PackedLinear)
     assert model.second.weight is model.first.weight
     assert [name for name in model.state_dict() if name.endswith("weight")] == ["first.weight"]
-    assert read_manifest(model).layers["second"].shared_with == "first"
+    assert read_manifest(model).layers["second"] == LayerManifest(3, (6, 6), shared_with="first")
     assert torch.equal(model.to(torch.float64)(x.double()), model.double()(x.double()))
     assert model.second.weight.dtype == torch.float64

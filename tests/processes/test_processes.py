@@ -9,6 +9,8 @@ from pathlib import Path
 
 from transformers import AutoModelForImageClassification
 
+import hf_geta  # noqa: F401  # or transformers cannot load what the runs saved
+
 HERE = Path(__file__).parent
 PROGRAM = HERE / "run_digits.py"
 DDP_CONFIG = HERE.parent.parent / "configs" / "accelerate" / "cpu_2_processes.yaml"

@@ -28,7 +28,8 @@ def slice_(model: nn.Module, keep: Mapping[str, Mapping[int, Tensor]]) -> None:
     """Keep only some entries of tensors, in place: tensor name -> dimension -> kept indices, int64 (kept,).
 
     Parameters stay the same objects, so ties hold; a tied tensor is sliced once. The per-channel scale of a
-    quantized layer follows its weight. Modules' own sizes (`in_features`, `groups`, `nf` ...) are updated.
+    quantized layer follows its weight. Modules' own sizes (`in_features`, `nf` ...) are updated; the `groups` of a
+    convolution or a norm do not follow from shapes: set them with `set_attributes_`.
 
     Raises:
         ValueError: for a name that is no parameter or buffer of the model.
@@ -83,6 +84,7 @@ def set_attributes_(model: nn.Module, attributes: Mapping[str, int]) -> None:
         if not isinstance(getattr(owner, name, None), int):
             raise ValueError(f"{path}: {type(model).__name__} has no such int attribute.")
         setattr(owner, name, value)
+    _update_sizes_(model)  # of grouped convolutions
 
 
 def _tensors(model: nn.Module, names: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -112,9 +114,6 @@ def _update_sizes_(model: nn.Module) -> None:
 
 
 def _update_convolution_(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:
-    """A grouped convolution loses whole groups: what one group holds stays as it is."""
     first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
-    if module.groups > 1:
-        module.groups = weight.shape[0] * module.groups // getattr(module, first)
     setattr(module, first, weight.shape[0])
     setattr(module, second, weight.shape[1] * module.groups)

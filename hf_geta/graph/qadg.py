@@ -108,6 +108,7 @@ class QADG:
         for name, dims in self._owned(removed).items():
             for dim, indices in dims.items() if name in parameters else ():
                 parameters[name].index_fill_(dim, indices.to(parameters[name].device), 0)
+        _forget_caches_(model)
 
     @torch.no_grad()
     def zero_groups(self, model: nn.Module) -> dict[str, list[int]]:
@@ -139,6 +140,7 @@ class QADG:
             ValueError: for an unknown axis, an index out of range, or an axis of which nothing would be left.
         """
         small = copy.deepcopy(model)
+        _forget_caches_(small)
         owned = self._owned(removed)
         tensors = named_tensors(small)
         keep: dict[str, dict[int, Tensor]] = {}
@@ -298,6 +300,14 @@ def _frozen(space: SearchSpace) -> tuple[Frozen, ...]:
             reason = reasons(axis)[0]
             grouped.setdefault((reason.text, reason.operator, reason.module), []).append(f"{tensor}[{dim}]")
     return tuple(Frozen(*why, tuple(dimensions)) for why, dimensions in grouped.items())
+
+
+def _forget_caches_(model: nn.Module) -> None:
+    """Drop what a model computed from its weights for evaluation: models do so themselves on entering train mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, mode in modes:
+        module.training = mode
 
 
 def _read(model: nn.Module, path: str) -> Any:

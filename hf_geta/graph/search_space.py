@@ -23,7 +23,7 @@ from hf_geta.graph.integers import (
     solve,
     substitute,
 )
-from hf_geta.graph.rules.context import BATCHED, CONSUMED, CONVOLVED, LOOKED_UP
+from hf_geta.graph.rules.context import BATCHED, CONSUMED, CONVOLVED, LOOKED_UP, STACKED
 from hf_geta.graph.walk import Walk
 from hf_geta.quantization.quantizers import Quantizer
 
@@ -127,8 +127,7 @@ class SearchSpace:
             return "channel"
         if LOOKED_UP in noted:
             return "embedding"
-        stacked = any(self._walk.captured.tensors[slot.tensor].ndim > 2 for slot in self.slots[leaf])
-        return "expert_hidden" if stacked else "mlp"
+        return "expert_hidden" if STACKED in noted else "mlp"
 
     def _names(self, kinds: dict[AxisNode, str]) -> dict[AxisNode, str]:
         """Unique names: the path that the modules of a leaf have in common if it is close, else the first module's."""

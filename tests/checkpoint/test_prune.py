@@ -26,12 +26,6 @@ CASES = {
     "linear": (nn.Linear(5, 6), {"weight": {0: KEPT, 1: KEPT}, "bias": {0: KEPT}}, nn.Linear(3, 3)),
     "embedding": (nn.Embedding(7, 5), {"weight": {1: KEPT}}, nn.Embedding(7, 3)),
     "conv": (nn.Conv2d(5, 6, 3), {"weight": {0: KEPT, 1: KEPT}, "bias": {0: KEPT}}, nn.Conv2d(3, 3, 3)),
-    "depthwise": (nn.Conv2d(5, 5, 3, groups=5), {"weight": {0: KEPT}, "bias": {0: KEPT}}, nn.Conv2d(3, 3, 3, groups=3)),
-    "grouped": (
-        nn.Conv2d(6, 9, 3, groups=3, bias=False),
-        {"weight": {0: torch.tensor([0, 1, 2, 6, 7, 8])}},
-        nn.Conv2d(4, 6, 3, groups=2, bias=False),
-    ),
     "transposed": (
         nn.ConvTranspose2d(5, 6, 3),
         {"weight": {0: KEPT, 1: KEPT}, "bias": {0: KEPT}},
@@ -78,6 +72,22 @@ def test_a_resized_module_is_the_module_of_that_size(name, device):
     assert {k: (t.shape, t.device.type) for k, t in resized.state_dict().items()} == {
         key: (tensor.shape, device) for key, tensor in small.state_dict().items()
     }
+
+
+@pytest.mark.parametrize(
+    ("conv", "kept", "groups", "channels"),
+    [
+        (nn.Conv2d(5, 5, 3, groups=5), KEPT, 3, (3, 3)),  # depthwise
+        (nn.Conv2d(6, 9, 3, groups=3), torch.tensor([0, 1, 2, 6, 7, 8]), 2, (4, 6)),  # whole groups
+        (nn.Conv2d(6, 9, 3, groups=3), torch.tensor([0, 1, 3, 4, 6, 7]), 3, (6, 6)),  # something of every group
+    ],
+)
+def test_a_grouped_convolution_is_told_its_groups(conv, kept, groups, channels):
+    model = nn.Sequential(copy.deepcopy(conv))
+    slice_(model, {"0.weight": {0: kept}, "0.bias": {0: kept}})
+    set_attributes_(model, {"0.groups": groups})
+    assert (model[0].in_channels, model[0].out_channels) == channels
+    assert model(torch.randn(1, channels[0], 4, 4)).shape[1] == channels[1]
 
 
 def test_a_tied_tensor_is_sliced_once_and_stays_tied():

@@ -211,6 +211,31 @@ def test_plain_torch_modules_work_without_a_config():
     torch.testing.assert_close(small(**inputs), model(**inputs), **ROUNDING)
 
 
+class Cached(Residual):
+    """As LeViT does it: something computed from the weights is kept until the next training."""
+
+    cache = None
+
+    def train(self, mode=True):
+        self.cache = None if mode else self.cache
+        return super().train(mode)
+
+    def forward(self, x):
+        self.cache = self.first(x) if self.cache is None else self.cache
+        return self.last(self.cache)
+
+
+def test_what_a_model_computed_from_its_weights_before_is_forgotten():
+    model, inputs = Cached().eval(), {"x": torch.randn(2, 6)}
+    qadg = build_qadg(model, inputs)
+    with torch.no_grad():
+        model(**inputs)
+    small = qadg.prune(model, {"hidden": [0, 5]})
+    qadg.zero_(model, {"hidden": [0, 5]})
+    assert not small.training
+    torch.testing.assert_close(small(**inputs), model(**inputs), **ROUNDING)
+
+
 @pytest.mark.parametrize(
     ("removed", "message"),
     [

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_geta.graph.axes import AxisNode, Reason, find, freeze, tag, unify
+from hf_geta.graph.axes import AxisNode, Reason, freeze, tag, unify
 from hf_geta.graph.integers import Equation, Expression, expression_of
 
 # How an axis is used (tags of its leaves): a batch dimension of a product of two activations, summed over with a
-# weight, a channel of a convolution, a column of a lookup table.
-BATCHED, CONSUMED, CONVOLVED, LOOKED_UP = "batched", "consumed", "convolved", "looked up"
+# weight, a channel of a convolution, a column of a lookup table, a dimension of weights stacked by expert.
+BATCHED, CONSUMED, CONVOLVED, LOOKED_UP, STACKED = "batched", "consumed", "convolved", "looked up", "stacked"
 
 
 class TensorAxes(tuple[AxisNode, ...]):
@@ -121,7 +120,10 @@ class Axes:
                     holders[label].append(operand)
         merged = {label: self.unify(*group) for label, group in axes.items()}
         weight = right[0].parameter or left[0].parameter
+        is_batched = any(len(holders[label]) == 2 for label in result)
         for label, axis in merged.items():
+            if is_batched and weight is not None:
+                tag(axis, STACKED)
             if label not in result:
                 if any(operand.parameter for operand in holders[label]):
                     tag(axis, CONSUMED)
@@ -130,6 +132,8 @@ class Axes:
             elif len(holders[label]) == 2 and weight is None:
                 tag(axis, BATCHED)
                 self.heads.append(axis)
+            elif is_batched and weight is None:
+                self.freeze(axis, "an outer dimension of a product of two activations, such as the size of a head")
         self.count(weight, list(merged.values()), name)
         return TensorAxes.of(merged[label] for label in result)
 
@@ -137,13 +141,3 @@ class Axes:
         """Note the multiply-accumulates of one operation, which run over all `loops`."""
         owner = weight.rpartition(".")[0] if weight else ".".join(filter(None, (self.module, name or self.operator)))
         self.contractions.append(Contraction(owner, weight, loops))
-
-
-def numel(axes: Iterable[AxisNode]) -> int:
-    """The number of entries of a tensor."""
-    return math.prod(axis.size for axis in axes)
-
-
-def same(first: AxisNode, second: AxisNode) -> bool:
-    """Whether two axes are known to be one."""
-    return find(first) is find(second)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_geta.graph.axes import AxisNode, align, product
-from hf_geta.graph.rules.context import CONVOLVED, Axes, TensorAxes
+from hf_geta.graph.rules.context import CONVOLVED, STACKED, Axes, TensorAxes
 from hf_geta.graph.rules.registry import rule
 
 aten = torch.ops.aten
@@ -57,6 +57,8 @@ def grouped_matmul(
     if len(x) != 2 or len(weight) != 3:
         raise ValueError(f"rows of rank {len(x)} and weights of rank {len(weight)}")
     axes.freeze((weight[0], *(ends or ())), "chosen by number")
+    for axis in weight[1:]:
+        axes.note(axis, STACKED)
     one_expert = TensorAxes.of(weight[1:], weight.parameter)
     return axes.contract((x, ["token", "in"]), (one_expert, ["in", "out"]), ["token", "out"])
 
@@ -150,7 +152,6 @@ def attention(
     axes.freeze(scores[-1], "normalized over")
     if isinstance(mask, TensorAxes):
         axes.broadcast([mask, scores], scores.sizes)
-    axes.freeze(value[-1], "the size of a head")
     return axes.contract(
         (scores, [*batch, "token", "place"]), (value, [*batch, "place", "size"]), [*batch, "token", "size"], "values"
     )

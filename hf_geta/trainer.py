@@ -194,7 +194,7 @@ class GETATrainer(Trainer):
         small = self.finalize()
         report = {
             "architecture": type(self.model).__name__,
-            "base_model": self.model.config._name_or_path,
+            "base_model": _hub_name(self.model.config._name_or_path),
             "compressed": self.measure_compression().summary(),
             "geta": self.geta_config.to_dict() if self.geta_config else {},
             "versions": {"hf_geta": __version__, "transformers": transformers.__version__},
@@ -243,6 +243,11 @@ class CompressionProgress(TrainerCallback):
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.set_postfix_str(text)
+
+
+def _hub_name(name: str | None) -> str | None:
+    """The model's name on the Hub; None for a folder of this machine, which says nothing to anyone else."""
+    return None if not name or Path(name).exists() else name
 
 
 def _check_writable(directory: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,8 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
     recorder = IntegerRecorder()
     attributes = trace_attributes_(twin, recorder.equalities)
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), recorder:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), recorder:
+            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # a cache on a copy that goes away
             program = torch.export.export(twin, (), dict(inputs), strict=False)
     except TRACING_ERRORS as error:
         raise ValueError(

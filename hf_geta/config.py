@@ -102,9 +102,9 @@ class GETAConfig:
                 raise ValueError(f"{name}={value}: write a whole number, 1 or more.")
         for name in ("warmup_steps", "projection_steps", "joint_steps"):
             value = getattr(self, name)
-            if value < 0 or (value >= 1 and value != int(value)):
+            if not (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
                 raise ValueError(f"{name}={value}: write a share in [0, 1) or a whole number of steps.")
-        if self.quantizer_learning_rate < 0:
+        if not self.quantizer_learning_rate >= 0:
             raise ValueError(f"quantizer_learning_rate={self.quantizer_learning_rate}: write 0 or more.")
 
     def _check_bits(self, name: str) -> None:

@@ -1,0 +1,66 @@
+"""GETAConfig refuses nonsense, says the way out, and survives every form that it is written in."""
+
+import json
+
+import pytest
+from transformers import HfArgumentParser
+
+from hf_geta import GETAConfig
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"weight_bits": (8, 4)}, r"weight_bits=\(8, 4\): the lower bound comes first; write weight_bits=\(4, 8\)"),
+        ({"activation_bits": (8, 4)}, r"write activation_bits=\(4, 8\)"),
+        ({"weight_bits": (1, 8)}, "from 2 to 16 bits"),
+        ({"activation_bits": (4, 17), "initial_bits": 16}, "from 2 to 16 bits"),
+        ({"weight_bits": (2.5, 4)}, "two whole numbers"),
+        ({"weight_bits": (2, 4, 8)}, "two whole numbers"),
+        ({"weight_bits": "48"}, "two whole numbers"),
+        ({"weight_bits": (4, 12), "initial_bits": 8}, "raise initial_bits to at least 12"),
+        ({"initial_bits": 32}, "initial_bits=32"),
+        ({"group_sparsity": 1.0}, r"a share in \[0, 1\)"),
+        ({"group_sparsity": -0.1}, r"a share in \[0, 1\)"),
+        ({"group_sparsity": NAN}, r"a share in \[0, 1\)"),
+        ({"granularity": "block"}, "choose one of 'tensor', 'channel'"),
+        ({"saliency": "random"}, "choose one of 'magnitude', 'taylor', 'fisher'"),
+        ({"pruning_periods": 0}, "pruning_periods=0"),
+        ({"bit_reduction": 0}, "bit_reduction=0"),
+        ({"joint_steps": 10.5}, "joint_steps=10.5"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"warmup_steps": NAN}, "warmup_steps=nan"),
+        ({"quantizer_learning_rate": -1e-3}, "quantizer_learning_rate=-0.001"),
+    ],
+)
+def test_nonsense_is_refused_with_its_value_and_the_way_out(values, message):
+    with pytest.raises(ValueError, match=message):
+        GETAConfig(**values)
+
+
+def test_an_unknown_field_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="no field sparsity; its fields are group_sparsity"):
+        GETAConfig.from_dict({"sparsity": 0.5})
+
+
+CONFIG = GETAConfig(group_sparsity=0.3, weight_bits=[2, 6], activation_bits=(4, 8), modules_to_not_convert=["head"])
+
+
+def test_every_form_gives_the_same_config(tmp_path):
+    CONFIG.save(tmp_path / "config.json")
+    section = "learning_rate: 0.1\ngeta: " + json.dumps(CONFIG.to_dict())
+    (tmp_path / "run.yaml").write_text(section)
+    assert GETAConfig.from_file(tmp_path / "config.json") == CONFIG
+    assert GETAConfig.from_file(tmp_path / "run.yaml") == CONFIG
+    assert GETAConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    flags = "--group_sparsity 0.3 --weight_bits 2 6 --activation_bits 4 8 --modules_to_not_convert head"
+    (parsed,) = HfArgumentParser(GETAConfig).parse_args_into_dataclasses(flags.split())
+    assert parsed == CONFIG
+
+
+def test_a_config_cannot_change():
+    with pytest.raises(AttributeError):
+        CONFIG.group_sparsity = 0.9
+    assert CONFIG.weight_bits == (2, 6)

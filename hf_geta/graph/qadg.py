@@ -262,7 +262,12 @@ def build_qadg(model: nn.Module, inputs: Mapping[str, Any]) -> QADG:
         equation._replace(left=substitute(equation.left, named), right=substitute(equation.right, named))
         for equation in space.equations
     ]
-    operations = [operation for one in walk.axes.contractions for operation in _operations(one, names)]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    operations = [
+        operation if operation.weight in parameters else replace(operation, weight=None)  # a product with a buffer
+        for one in walk.axes.contractions
+        for operation in _operations(one, names)
+    ]
     qadg = QADG(tuple(axes), _frozen(space), tuple(operations), tuple(equations), captured.attributes)
     logger.info("%s: %s", type(model).__name__, qadg)
     return qadg

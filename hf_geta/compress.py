@@ -68,11 +68,11 @@ def prepare_model(
     qadg = build_qadg(model, inputs)
     if config.group_sparsity > 0 and not qadg.axes:
         raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
-    quantize_modules_(model, config)
     try:
+        quantize_modules_(model, config)
         clip_bits = (config.activation_bits or config.weight_bits)[1]  # clips that suit the width to come
         calibrate_(model, calibration_batches or [inputs], config.initial_bits, clip_bits)
-    except ValueError:
+    except BaseException:
         restore_modules_(model)  # the model as it came: other data may do
         raise
     model.geta = Preparation(config, qadg)  # type: ignore[assignment]
@@ -87,12 +87,26 @@ def is_prepared(model: nn.Module) -> bool:
 def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps: int) -> QASSO:
     """QASSO around `base` for a prepared model and a run of `total_steps` optimizer steps.
 
+    An axis with a frozen parameter (`requires_grad=False`) stays whole: its groups are not counted, and nothing
+    writes to it.
+
     Raises:
-        ValueError: if `model` is not prepared, or the stages do not fit `total_steps`.
+        ValueError: if `model` is not prepared, nothing prunable trains, or the stages do not fit `total_steps`.
     """
-    preparation = _preparation(model)
+    preparation = preparation_of(model)
     weights, activations = _quantizers(model)
-    space = PruningSpace(preparation.qadg.axes, _prunable_parameters(model))
+    parameters = _prunable_parameters(model)
+    axes = [
+        axis
+        for axis in preparation.qadg.axes
+        if all(parameters[member.tensor].requires_grad for member in axis.members if member.tensor in parameters)
+    ]
+    if preparation.config.group_sparsity > 0 and not axes:
+        raise ValueError(
+            "every prunable axis holds a frozen parameter (requires_grad=False): let some of them train, or write "
+            "group_sparsity=0."
+        )
+    space = PruningSpace(axes, parameters)
     return QASSO(base, preparation.config, total_steps, space, weights, activations)
 
 
@@ -110,7 +124,7 @@ def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: if `model` is not prepared.
     """
-    preparation = _preparation(model)
+    preparation = preparation_of(model)
     small: Any = preparation.qadg.prune(model, preparation.qadg.zero_groups(model))
     _round_widths_(small, preparation.config)
     del small.geta
@@ -124,7 +138,7 @@ def measure_compression(model: nn.Module) -> Cost:
     Raises:
         ValueError: if `model` is not prepared.
     """
-    qadg = _preparation(model).qadg
+    qadg = preparation_of(model).qadg
     removed = qadg.zero_groups(model)
     dense = {name: p.numel() for name, p in _prunable_parameters(model, remove_duplicate=True).items()}
     measured = {operation.weight for operation in qadg.operations}
@@ -170,15 +184,17 @@ def _kept_numel(
 @torch.no_grad()
 def output_difference(model: nn.Module, small: nn.Module, inputs: Inputs) -> float:
     """||small(x) - model(x)|| / ||model(x)|| over all floating outputs, both in eval mode."""
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     outputs = [_floating_outputs(m.eval()(**inputs)) for m in (model, small)]
-    model.train(was_training)
+    for module, training in modes:
+        module.training = training
     difference = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(*outputs, strict=True))
     norm = sum(float(a.float().square().sum()) for a in outputs[0])
     return (difference / max(norm, torch.finfo(torch.float32).tiny)) ** 0.5
 
 
-def _preparation(model: nn.Module) -> Preparation:
+def preparation_of(model: nn.Module) -> Preparation:
+    """What `prepare_model` learned; ValueError if it has not been here."""
     if not is_prepared(model):
         raise ValueError("this model is not prepared: call prepare_model(model, config, inputs) first.")
     return model.geta  # type: ignore[return-value]

@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import ProgressCallback
 
 from hf_geta import __version__
@@ -30,6 +31,7 @@ from hf_geta.compress import (
     is_prepared,
     measure_compression,
     output_difference,
+    preparation_of,
     prepare_model,
 )
 from hf_geta.config import GETAConfig
@@ -85,7 +87,14 @@ class GETATrainer(Trainer):
 
     def prepare(self) -> None:
         """Quantize, calibrate and find the groups of `self.model`; once per model. `train()` calls it."""
-        if self.geta_config is None or is_prepared(self.model):
+        if self.geta_config is None:
+            return
+        if is_prepared(self.model):
+            if (config := preparation_of(self.model).config) != self.geta_config:
+                raise ValueError(
+                    f"the model was prepared with {config}, the trainer was given {self.geta_config}: "
+                    "pass the same config, or a fresh model."
+                )
             return
         _check_writable(str(self.args.output_dir))
         with _preserved_rng():
@@ -176,9 +185,21 @@ class GETATrainer(Trainer):
     def finalize(self) -> PreTrainedModel:
         """The small model, checked: on a calibration batch it computes what the masked model computes.
 
+        A run that ended before its targets held (stopped early, or with steps that a gradient scaler skipped) is
+        finalized as it is, with a warning.
+
         Raises:
             RuntimeError: if it does not, which is a bug in the search space; nothing is saved then.
         """
+        if self.qasso is not None and int(self.qasso.removed.sum()) != self.qasso.groups_to_remove:
+            logger.warning(
+                "the run ended in its %s stage, after %d of %d planned optimizer steps: %d of %d groups are removed.",
+                self.stage.label,
+                self.qasso.step_count,
+                self.qasso.schedule.total_steps,
+                int(self.qasso.removed.sum()),
+                self.qasso.groups_to_remove,
+            )
         small = finalize_model(self.model)
         with _preserved_rng():
             inputs = self._calibration_batches(1)[0]
@@ -220,7 +241,23 @@ class GETATrainer(Trainer):
         with _own_tensor_names(self.model) if is_prepared(self.model) else contextlib.nullcontext():
             super()._save(output_dir, state_dict)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Only models that meet the targets compete for `load_best_model_at_end`: those of the cool-down."""
+        if self.qasso is not None and self.stage is not Stage.COOLDOWN:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's card, unless the compressed model has its own: that one says how to load it."""
+        if not is_prepared(self.model):
+            super().create_model_card(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.geta_config is not None and not (Path(resume_from_checkpoint) / OPTIMIZER_NAME).exists():
+            raise ValueError(
+                f"{resume_from_checkpoint} has no {OPTIMIZER_NAME}: without it QASSO knows neither its step nor its "
+                "groups. Resume from a checkpoint that was saved with save_only_model=False."
+            )
         self.prepare()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 

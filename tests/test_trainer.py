@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -169,6 +170,34 @@ def test_an_optimizer_of_the_users_own_is_wrapped(tmp_path):
     assert trainer.qasso.base is optimizer
     assert trainer.qasso.step_count == STEPS
     assert trainer.qasso.removed.sum() == trainer.qasso.groups_to_remove
+
+
+def test_only_models_that_meet_the_targets_compete_for_the_best(tmp_path):
+    """The loss is lowest before anything is removed; that model must not be saved as the compressed one."""
+    options = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    trainer = make_trainer(tmp_path, **options, **best)
+    trainer.train()
+    warmup_to_joint = trainer.qasso.schedule.total_steps * 6 // 10
+    assert int(trainer.state.best_model_checkpoint.rpartition("-")[2]) > warmup_to_joint
+    qadg = trainer.model.geta.qadg
+    assert sum(map(len, qadg.zero_groups(trainer.model).values())) == trainer.qasso.groups_to_remove
+
+
+def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path):
+    _, folder = finished
+    copied = tmp_path / "checkpoint-18"
+    shutil.copytree(folder / "checkpoint-18", copied)
+    (copied / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"has no optimizer\.pt"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(copied))
+
+
+def test_a_model_prepared_with_another_config_is_refused(tmp_path):
+    model = tiny_vit()
+    make_trainer(tmp_path, model=model).prepare()
+    with pytest.raises(ValueError, match="pass the same config"):
+        make_trainer(tmp_path, model=model, config=GETAConfig(group_sparsity=0.1)).train()
 
 
 def test_evaluation_before_training_is_that_of_the_dense_model(tmp_path):

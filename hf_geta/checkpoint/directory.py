@@ -1,4 +1,4 @@
-"""Saving that never leaves half a checkpoint: everything is written beside the target, then renamed into place."""
+"""Saving that never leaves half a file: everything is written beside the target, then renamed into place."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ WEIGHTS_PATTERN = "model*.safetensors*"  # a file of weights, its shards and the
 def replace_files(directory: Path, write: Callable[[Path], None]) -> None:
     """Fill `directory` with what `write` puts into the empty folder that it is handed.
 
-    A new directory appears whole or not at all. In one that exists, each file is replaced whole, weights of an
-    earlier save that the new one does not have are removed, and other files (checkpoints of the run) stay. If
-    `write` raises, or the disk is full, `directory` is as it was.
+    A new directory appears whole or not at all. In one that exists, each file is replaced whole, one right after the
+    other, weights of an earlier save that the new one does not have are removed, and other files (checkpoints of the
+    run) stay. If `write` raises, or the disk is full, `directory` is as it was. A process killed between two of the
+    renames leaves files of two saves, which the loader refuses where their shapes or widths differ.
 
     Raises:
         OSError: if the parent folder cannot be written.

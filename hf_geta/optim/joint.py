@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 ETA = 0.999  # share of |<g, s>| that the step size may spend
@@ -35,7 +36,7 @@ def forget_rate(grad_step: Tensor, grad_clipped: Tensor, clipped_norm: Tensor, n
     uniform = 1.0 / left_steps
     careful = ((1 - ETA) * grad_step.abs() / grad_clipped.abs()).clamp(max=uniform)
     ascends = (grad_clipped < 0) & (clipped_norm > NEGLIGIBLE * norm)
-    return careful.where(ascends, careful.new_tensor(uniform))
+    return torch.where(ascends, careful, uniform)
 
 
 def joint_step_size(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_geta.config import GETAConfig
@@ -127,9 +128,9 @@ class QASSO(torch.optim.Optimizer):
 
     def _joint_step(self) -> None:
         period = self.schedule.pruning_period_at(self.step_count)
+        self._observe_saliency()
         if period.is_first_step:
             self._begin_period(period.index)
-        self._observe_saliency()
         entries = self._entries
         bounds = self.width_bounds()
         if entries is None:
@@ -190,7 +191,7 @@ class QASSO(torch.optim.Optimizer):
             self.config.min_groups,
             self.config.group_divisible,
         )
-        self.redundant = chosen.to(self.removed.device)
+        self.redundant = _agreed(chosen.to(self.removed.device))
         self.scores.zero_()
         self._cache_index_sets()
 
@@ -254,6 +255,16 @@ class QASSO(torch.optim.Optimizer):
         self.final_bits = own["final_bits"].to(device, copy=True) if "final_bits" in own else None
         self._cache_index_sets()
 
+    def train(self) -> None:
+        """For base optimizers with a mode (schedule-free ones)."""
+        if hasattr(self.base, "train"):
+            self.base.train()
+
+    def eval(self) -> None:
+        """For base optimizers with a mode (schedule-free ones)."""
+        if hasattr(self.base, "eval"):
+            self.base.eval()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer."""
         # torch.optim.Optimizer.__init__ hands over those that are there; by identity, since == would compare tensors
@@ -262,12 +273,14 @@ class QASSO(torch.optim.Optimizer):
             return
         self.base.add_param_group(param_group)
 
-    # -- what the logs show ---------------------------------------------------------------------------------------
 
-    @property
-    def group_sparsity(self) -> float:
-        """Share of all groups that are exactly zero (reads the device once)."""
-        return float(self.removed.sum()) / max(self.space.num_groups, 1)
+def _agreed(flags: Tensor) -> Tensor:
+    """Rank 0's choice on every rank: sums on a device may differ in their last bit, and so may a ranking by them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flags
+    message = flags.to(torch.uint8)
+    dist.broadcast(message, src=0)
+    return message.bool()
 
 
 def _groups_to_remove(config: GETAConfig, space: PruningSpace) -> int:

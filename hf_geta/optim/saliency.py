@@ -20,7 +20,7 @@ def first_order(space: PruningSpace) -> Tensor:
 
     "taylor" accumulates its absolute value over steps (Molchanov et al., CVPR 2019, eq. 8), "fisher" its square.
     """
-    return space.sum_per_group(lambda p: None if p.grad is None else p.detach() * p.grad)
+    return space.sum_per_group(lambda p: None if p.grad is None else p.detach().float() * p.grad.float())
 
 
 def normalize_by_kind(scores: Tensor, kinds: Sequence[str], sizes: Sequence[int]) -> Tensor:

@@ -43,10 +43,6 @@ class Entries:
     parameters: list[int]
     indices: list[Tensor]
 
-    def lengths(self) -> list[int]:
-        """Entries per segment."""
-        return [len(index) for index in self.indices]
-
 
 class PruningSpace:
     """All pruning groups of a model, numbered 0 .. num_groups - 1, axis after axis.
@@ -58,7 +54,6 @@ class PruningSpace:
     """
 
     def __init__(self, axes: Sequence[Axis], parameters: Mapping[str, nn.Parameter]) -> None:
-        self.axis_names = [axis.name for axis in axes]
         self.axis_kinds = [axis.kind for axis in axes]
         self.axis_sizes = [axis.size for axis in axes]
         self.num_groups = sum(self.axis_sizes)

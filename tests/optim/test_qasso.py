@@ -186,6 +186,34 @@ def test_a_state_of_another_model_is_refused():
         optimizer.load_state_dict(optimizer.base.state_dict())
 
 
+def test_frozen_parameters_are_neither_pruned_nor_written():
+    model = prepared()
+    frozen = {name: p for name, p in model.named_parameters() if ".layers.0." in name and "quantizer" not in name}
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in frozen.items()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](trainable), TOTAL_STEPS)
+    list(train(model, optimizer, range(TOTAL_STEPS)))
+    assert optimizer.removed.sum() == optimizer.groups_to_remove == (4 + 24) // 2  # of the second layer alone
+    assert all(torch.equal(parameter, before[name]) for name, parameter in frozen.items())
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen parameter"):
+        create_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1), TOTAL_STEPS)
+
+
+def test_the_first_decision_has_seen_a_gradient():
+    """Without a projection stage: ties, which go to the lower number, would empty the first axes."""
+    config = GETAConfig.from_dict(
+        CONFIG.to_dict() | {"projection_steps": 0, "initial_bits": 8, "weight_bits": [3, 8], "pruning_periods": 1}
+    )
+    model = prepared(config)
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(TOTAL_STEPS)))
+    per_axis = optimizer.removed.split(optimizer.space.axis_sizes)
+    assert all(0 < part.sum() < len(part) - 1 for part in per_axis if len(part) == 24)
+
+
 def test_more_groups_than_may_go_are_refused():
     model = prepared(GETAConfig(group_sparsity=0.99))
     with pytest.raises(ValueError, match="let at most"):

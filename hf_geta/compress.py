@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
 from hf_geta.graph.qadg import QADG, build_qadg
@@ -65,15 +67,23 @@ def prepare_model(
     """
     if is_prepared(model):
         raise ValueError("this model is prepared already: train it, or start from a fresh one.")
+    if any(isinstance(module, PackedLayer) for module in model.modules()):
+        raise ValueError("this model is compressed already, its weights are integers: start from the float model.")
+    batches = list(calibration_batches or [inputs])
+    for name, value in itertools.chain.from_iterable(batch.items() for batch in (inputs, *batches)):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
+            raise ValueError(f"{name} holds NaN: check the data and its preprocessing.")
     qadg = build_qadg(model, inputs)
     if config.group_sparsity > 0 and not qadg.axes:
         raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
     try:
         quantize_modules_(model, config)
         clip_bits = (config.activation_bits or config.weight_bits)[1]  # clips that suit the width to come
-        calibrate_(model, calibration_batches or [inputs], config.initial_bits, clip_bits)
-    except BaseException:
+        calibrate_(model, batches, config.initial_bits, clip_bits)
+    except BaseException as error:
         restore_modules_(model)  # the model as it came: other data may do
+        if isinstance(error, LookupError | RuntimeError | TypeError | AttributeError):
+            raise ValueError(f"{type(model).__name__} does not take a calibration batch: {error!r}.") from error
         raise
     model.geta = Preparation(config, qadg)  # type: ignore[assignment]
     return model
@@ -132,21 +142,24 @@ def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def measure_compression(model: nn.Module) -> Cost:
-    """What `finalize_model(model)` would cost beside the dense model: BOPs, parameters, widths, group sparsity.
+def measure_compression(model: nn.Module, finalized: bool = False) -> Cost:
+    """What a prepared model costs beside the dense one: BOPs, parameters, widths, group sparsity.
+
+    Args:
+        finalized: with the whole widths that `finalize_model` gives it, instead of those that it has now.
 
     Raises:
         ValueError: if `model` is not prepared.
     """
-    qadg = preparation_of(model).qadg
+    config, qadg = preparation_of(model).config, preparation_of(model).qadg
     removed = qadg.zero_groups(model)
     dense = {name: p.numel() for name, p in _prunable_parameters(model, remove_duplicate=True).items()}
     measured = {operation.weight for operation in qadg.operations}
     weight_bits, input_bits = {}, {}
     for name, layer in quantized_layers(model).items():
-        weight_bits[f"{name}.weight"] = _bits(layer.weight_quantizer)
+        weight_bits[f"{name}.weight"] = _bits(layer.weight_quantizer, config.weight_bits if finalized else None)
         if layer.input_quantizer is not None and layer.input_quantizer.enabled:
-            input_bits[f"{name}.weight"] = _bits(layer.input_quantizer)
+            input_bits[f"{name}.weight"] = _bits(layer.input_quantizer, config.activation_bits if finalized else None)
     return measure_cost(
         qadg.operations,
         dense,
@@ -158,9 +171,10 @@ def measure_compression(model: nn.Module) -> Cost:
     )
 
 
-def _bits(quantizer: Quantizer) -> float:
-    """The width, without the noise of the float32 logarithms that it is computed from."""
-    return round(float(quantizer.bits), 4)
+def _bits(quantizer: Quantizer, whole_within: Sequence[int] | None) -> float:
+    """The width; with bounds, the whole one that `_round_widths_` makes of it."""
+    bits = round(float(quantizer.bits), 4)
+    return bits if whole_within is None else min(max(round(bits), whole_within[0]), whole_within[1])
 
 
 def _kept_numel(

@@ -86,8 +86,13 @@ class GETAConfig:
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "modules_to_not_convert"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if name == "modules_to_not_convert" and isinstance(value, str):
+                value = [value]
+            if isinstance(value, list | tuple):
                 object.__setattr__(self, name, tuple(value))
+        for name in ("group_sparsity", "initial_bits", "warmup_steps", "projection_steps", "joint_steps"):
+            if not isinstance(value := getattr(self, name), int | float):
+                raise ValueError(f"{name}={value!r}: write a number.")
         if not 0 <= self.group_sparsity < 1:
             raise ValueError(f"group_sparsity={self.group_sparsity}: a share in [0, 1); 0 keeps every group.")
         if not MIN_BITS <= self.initial_bits <= MAX_BITS:
@@ -109,7 +114,7 @@ class GETAConfig:
 
     def _check_bits(self, name: str) -> None:
         bits = getattr(self, name)
-        if isinstance(bits, str) or len(bits) != 2 or not all(isinstance(b, int) for b in bits):
+        if not isinstance(bits, tuple) or len(bits) != 2 or not all(isinstance(b, int) for b in bits):
             raise ValueError(f"{name}={bits}: write two whole numbers, the lower and the upper width, such as (4, 8).")
         lower, upper = bits
         if lower > upper:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import ProgressCallback
 
@@ -66,6 +66,9 @@ class GETATrainer(Trainer):
         self.geta_config = geta_config
         self._saving_checkpoint = False
         self._planned_steps = 0
+        given = args[1] if len(args) > 1 else kwargs.get("args")
+        if geta_config is not None and isinstance(given, TrainingArguments):
+            _check_writable(str(given.output_dir))  # Trainer creates the folder, and says less if it cannot
         super().__init__(*args, **kwargs)
         if geta_config is not None:
             self._refuse_what_qasso_cannot_drive()
@@ -96,7 +99,6 @@ class GETATrainer(Trainer):
                     "pass the same config, or a fresh model."
                 )
             return
-        _check_writable(str(self.args.output_dir))
         with _preserved_rng():
             batches = self._calibration_batches(self.geta_config.calibration_batches)
             prepare_model(self.model, self.geta_config, batches[0], batches)
@@ -216,7 +218,7 @@ class GETATrainer(Trainer):
         report = {
             "architecture": type(self.model).__name__,
             "base_model": _hub_name(self.model.config._name_or_path),
-            "compressed": self.measure_compression().summary(),
+            "compressed": measure_compression(self.model, finalized=True).summary(),
             "geta": self.geta_config.to_dict() if self.geta_config else {},
             "versions": {"hf_geta": __version__, "transformers": transformers.__version__},
         }

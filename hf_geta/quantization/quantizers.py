@@ -73,8 +73,8 @@ class Quantizer(nn.Module):
 
     @property
     def bits(self) -> Tensor:
-        """b, (), a real number."""
-        return step_size_to_bits(self.step_size, self.clip_max, self.exponent, self.signed)
+        """b, (), a real number, without the noise of the float32 logarithms that it is computed from."""
+        return step_size_to_bits(self.step_size, self.clip_max, self.exponent, self.signed).round(decimals=4)
 
     @property
     def grid(self) -> Grid:

@@ -214,6 +214,15 @@ def test_the_first_decision_has_seen_a_gradient():
     assert all(0 < part.sum() < len(part) - 1 for part in per_axis if len(part) == 24)
 
 
+def test_a_batch_that_does_not_fit_leaves_the_model_as_it_came():
+    model = tiny_vit()
+    good = {"pixel_values": batch(0)["pixel_values"]}
+    for bad in ({"pixel_values": torch.zeros(2, 3, 9, 9)}, {"pixel_values": torch.full((2, 3, 8, 8), torch.nan)}):
+        with pytest.raises(ValueError, match="9|NaN"):
+            prepare_model(model, CONFIG, good, [bad])
+    prepare_model(model, CONFIG, good)
+
+
 def test_more_groups_than_may_go_are_refused():
     model = prepared(GETAConfig(group_sparsity=0.99))
     with pytest.raises(ValueError, match="let at most"):

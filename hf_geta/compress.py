@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -76,17 +77,21 @@ def prepare_model(
     qadg = build_qadg(model, inputs)
     if config.group_sparsity > 0 and not qadg.axes:
         raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(restore_modules_, model)  # refused: the model as it came, for other data may do
         quantize_modules_(model, config)
-        clip_bits = (config.activation_bits or config.weight_bits)[1]  # clips that suit the width to come
-        calibrate_(model, batches, config.initial_bits, clip_bits)
-    except BaseException as error:
-        restore_modules_(model)  # the model as it came: other data may do
-        if isinstance(error, LookupError | RuntimeError | TypeError | AttributeError):
-            raise ValueError(f"{type(model).__name__} does not take a calibration batch: {error!r}.") from error
-        raise
+        _calibrate(model, config, batches)
+        undo.pop_all()
     model.geta = Preparation(config, qadg)  # type: ignore[assignment]
     return model
+
+
+def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inputs]) -> None:
+    clip_bits = (config.activation_bits or config.weight_bits)[1]  # clips that suit the width to come
+    try:
+        calibrate_(model, batches, config.initial_bits, clip_bits)
+    except (LookupError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(model).__name__} does not take a calibration batch: {error!r}.") from error
 
 
 def is_prepared(model: nn.Module) -> bool:

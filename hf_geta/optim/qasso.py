@@ -135,37 +135,44 @@ class QASSO(torch.optim.Optimizer):
         self._observe_saliency()
         if period.is_first_step:
             self._begin_period(period.index)
-        entries = self._entries
-        bounds = self.width_bounds()
-        if entries is None:
+        if self._entries is None:
             self.base.step()
-            self.widths.project_(*bounds)
+            self.widths.project_(*self.width_bounds())
         else:
-            before, gradient = entries.gather(), entries.gather_gradients()
-            clipped, residual = entries.split_quantized(before)
-            self.base.step()
-            self.widths.project_(*bounds)
-            grad_step = entries.sum(gradient * (entries.gather() - before))
-            left_steps = period.length_steps - period.offset_steps
-            gamma = forget_rate(
-                grad_step,
-                entries.sum(gradient * clipped),
-                entries.sum(clipped.square()).sqrt(),
-                entries.parameter_norms(),
-                left_steps,
-            )
-            gamma, step_size = self._set_joint_step_sizes(gamma, grad_step, entries.sum(gradient * residual), bounds)
-            entries.subtract_(entries.spread(gamma) * (clipped + entries.spread(step_size) * residual))
+            self._base_step_and_forget(self._entries, period.length_steps - period.offset_steps)
         self._zero_removed()
         if period.is_last_step:
             self._end_period()
 
+    def _base_step_and_forget(self, entries: RedundantEntries, left_steps: int) -> None:
+        """The base step; then x <- x - gamma (c + d r) on the redundant entries, with gamma and d as of `joint`."""
+        bounds = self.width_bounds()
+        before, gradient = entries.gather(), entries.gather_gradients()
+        clipped, residual = entries.split_quantized(before)
+        self.base.step()
+        self.widths.project_(*bounds)
+        grad_step = entries.sum(gradient * (entries.gather() - before))
+        gamma = forget_rate(
+            grad_step,
+            entries.sum(gradient * clipped),
+            entries.sum(clipped.square()).sqrt(),
+            entries.parameter_norms(),
+            left_steps,
+        )
+        grad_residual = entries.sum(gradient * residual)
+        gamma, step_size = self._set_joint_step_sizes(entries, gamma, grad_step, grad_residual, bounds)
+        entries.subtract_(entries.spread(gamma) * (clipped + entries.spread(step_size) * residual))
+
     def _set_joint_step_sizes(
-        self, gamma: Tensor, grad_step: Tensor, grad_residual: Tensor, bounds: tuple[Tensor, Tensor]
+        self,
+        entries: RedundantEntries,
+        gamma: Tensor,
+        grad_step: Tensor,
+        grad_residual: Tensor,
+        bounds: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Apply `joint_step_size` to the tensors that are quantized; (gamma, d) per segment, d = 0 for the others."""
-        assert self._entries is not None
-        segments, rows = self._entries.quantized_segments, self._entries.quantizer_rows
+        segments, rows = entries.quantized_segments, entries.quantizer_rows
         finest, coarsest = (bound[rows].exp() for bound in self.widths.step_size_bounds(*bounds))
         log_step_size = self.widths.log_step_size()
         quantized_gamma, quantized_step_size = joint_step_size(

@@ -23,6 +23,9 @@ SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
 )
 
 
+ROWS_PER_LINE = 8  # numbers in the 16 bytes that torch's grouped product aligns rows to, for the narrowest dtype
+
+
 @torch.no_grad()
 def slice_(model: nn.Module, keep: Mapping[str, Mapping[int, Tensor]]) -> None:
     """Keep only some entries of tensors, in place: tensor name -> dimension -> kept indices, int64 (kept,).
@@ -111,9 +114,25 @@ def _update_sizes_(model: nn.Module) -> None:
             module.normalized_shape = tuple(weight.shape)
         if isinstance(module, nn.modules.conv._ConvNd):
             _update_convolution_(module, weight)
+    for module in model.modules():
+        _update_experts_(module)
 
 
 def _update_convolution_(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:
     first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
     setattr(module, first, weight.shape[0])
     setattr(module, second, weight.shape[1] * module.groups)
+
+
+def _update_experts_(module: nn.Module) -> None:
+    """Let experts whose rows are not aligned any more run one by one: torch's grouped product wants aligned rows.
+
+    `group_divisible=8` keeps them aligned, and the grouped product.
+    """
+    config = getattr(module, "config", None)
+    if getattr(config, "_experts_implementation_internal", None) != "grouped_mm":
+        return
+    stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+    if any(size % ROWS_PER_LINE for stack in stacks for size in stack.shape[1:]):
+        module.config = copy.copy(config)  # type: ignore[assignment]
+        module.config._experts_implementation_internal = "eager"  # type: ignore[union-attr]

@@ -6,20 +6,27 @@ itself are never touched.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from hf_geta.graph.integers import Attribute, Equation
 from hf_geta.graph.recording import IntegerRecorder, trace_attributes_
 
+logger = logging.getLogger(__name__)
+
+MAX_CONSTANTS = 64  # ints in a list that a forward spells out
 CONSTANT, INPUT = "a constant of the forward", "an input of the model"
 TRACING_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
@@ -29,48 +36,139 @@ class Capture:
     """A traced forward.
 
     `tensors` has every parameter and buffer under its first name (tied names share it), `sources` says for each
-    placeholder of the graph which of them it is, or that it is an INPUT or a CONSTANT. `integers` holds, for nodes
-    that were given traced ints, all int arguments in order; `attributes` the values of all int attributes.
+    placeholder of the graph which of them it is, or that it is an INPUT or a CONSTANT; `constants` has the numbers of
+    short lists of ints that the forward spells out. `integers` holds, for nodes that were given traced ints, all int
+    arguments in order; `attributes` the values of all int attributes. `is_concrete`: the graph is the path that these
+    inputs took through data-dependent control flow; others may take another.
     """
 
     graph_module: fx.GraphModule
     sources: dict[str, str]
+    constants: dict[str, list[int]]
     tensors: dict[str, torch.Tensor]
     attributes: dict[Attribute, int]
     integers: dict[str, list[int]]
     equalities: list[Equation]
+    is_concrete: bool = False
+
+
+@dataclass
+class Trace:
+    """A graph, and what each of its placeholders (or constant attributes) is: a name of the model's, or the tensor."""
+
+    graph_module: fx.GraphModule
+    sources: dict[str, str]
+    constants: dict[str, torch.Tensor]
 
 
 def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
-    """Trace `model(**inputs)` in eval mode, on fake tensors, without a cache.
+    """Trace `model(**inputs)` in eval mode, without a cache.
+
+    On fake tensors where the graph does not depend on their numbers, else on the tensors themselves.
 
     Raises:
         ValueError: if the forward does not take these inputs, naming what it takes.
     """
     check_inputs(model, inputs)
+    try:
+        return _capture(model, inputs, export)
+    except TRACING_ERRORS as error:
+        try:
+            captured = _capture(model, inputs, trace_concretely)
+        except TRACING_ERRORS as second:
+            first = type(error).__name__
+            raise ValueError(
+                f"{type(model).__name__}.forward cannot be traced with inputs {describe(inputs)}: {second} "
+                f"(on fake tensors: {first}: {str(error).partition(chr(10))[0]})"
+            ) from second
+        captured.is_concrete = True
+        logger.warning(
+            "%s decides by numbers in tensors (%s), so it was traced along the path that these inputs take.",
+            type(model).__name__,
+            str(error).strip().partition("\n")[0],
+        )
+        return captured
+
+
+def _capture(model: nn.Module, inputs: Mapping[str, Any], trace: Callable[..., Trace]) -> Capture:
     twin = structural_copy(model).eval()
     recorder = IntegerRecorder()
     attributes = trace_attributes_(twin, recorder.equalities)
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), recorder:
-            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # a cache on a copy that goes away
-            program = torch.export.export(twin, (), dict(inputs), strict=False)
-    except TRACING_ERRORS as error:
-        raise ValueError(
-            f"{type(model).__name__}.forward cannot be traced with inputs {describe(inputs)}: {error}"
-        ) from error
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), recorder:
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # a cache on a copy that goes away
+        traced = trace(twin, inputs)
     names = named_tensors(model)
     first_names = {id(tensor): name for name, tensor in reversed(names.items())}
-    sources = {}
+    sources = {
+        node: first_names[id(names[source])] if source in names else source for node, source in traced.sources.items()
+    }
+    constants = {
+        name: tensor.tolist()
+        for name, tensor in traced.constants.items()
+        if tensor.dtype == torch.int64 and tensor.ndim == 1 and tensor.numel() <= MAX_CONSTANTS
+    }
+    integers, equalities = recorder.resolved(traced.graph_module.graph)
+    tensors = {first_names[id(tensor)]: tensor for tensor in names.values()}
+    return Capture(traced.graph_module, sources, constants, tensors, attributes, integers, equalities)
+
+
+def export(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+    """The graph by `torch.export`, on fake tensors."""
+    program = torch.export.export(model, (), dict(inputs), strict=False)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    sources, constants = {}, {}
     for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in names:
-            sources[node.name] = first_names[id(names[spec.target])]
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            sources[node.name] = spec.target
         else:
             sources[node.name] = INPUT if spec.kind == InputKind.USER_INPUT else CONSTANT
-    integers, equalities = recorder.resolved(program.graph)
-    tensors = {first_names[id(tensor)]: tensor for tensor in names.values()}
-    return Capture(program.graph_module, sources, tensors, attributes, integers, equalities)
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            constants[node.name] = program.constants[spec.target]
+    return Trace(program.graph_module, sources, constants)
+
+
+def trace_concretely(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+    """The graph of the operators that really ran, at the same level as an export's."""
+    tensors, given = named_tensors(model), dict(inputs)
+    names = [*tensors, *given]
+    leaves: list[str] = []
+    for name, value in zip(names, (*tensors.values(), *given.values()), strict=True):
+        leaves += [name if name in tensors else INPUT] * len(pytree.tree_leaves(value))
+
+    def forward(tensors: dict[str, torch.Tensor], given: dict[str, Any]) -> Any:
+        return torch.func.functional_call(model, tensors, (), given, tie_weights=True)
+
+    with fx.traceback.preserve_node_meta(), _module_stack(model):
+        graph_module = make_fx(forward, pre_dispatch=True, _error_on_data_dependent_ops=False)(tensors, given)
+    placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
+    constants = {
+        node.name: getattr(graph_module, node.target) for node in graph_module.graph.nodes if node.op == "get_attr"
+    }
+    return Trace(graph_module, dict(zip(placeholders, leaves, strict=True)), constants)
+
+
+@contextlib.contextmanager
+def _module_stack(model: nn.Module) -> Iterator[None]:
+    """While active, traced nodes know in which modules' forwards they ran, as in an export."""
+    stack: dict[str, Any] = {}
+
+    def enter(path: str, module: nn.Module) -> None:
+        stack[f"{path}@{len(stack)}"] = (path, type(module))
+        fx.traceback.current_meta["nn_module_stack"] = dict(stack)
+
+    def leave() -> None:
+        stack.popitem()
+        fx.traceback.current_meta["nn_module_stack"] = dict(stack)
+
+    handles = []
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda module, _, path=path: enter(path, module)))
+        handles.append(module.register_forward_hook(lambda *_: leave()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -22,13 +22,15 @@ from hf_geta.graph.integers import (
 )
 
 MARK = "hf_geta_mark"  # key of nodes' metadata, which an export keeps
+# How a forward runs while it is traced: without a cache, and experts by a product of any size, for any number of rows.
+TRACEABLE = {"use_cache": False, "_experts_implementation_internal": "batched_mm"}
 SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
 def trace_attributes_(model: nn.Module, equalities: list[Equation]) -> dict[Attribute, int]:
     """Replace the int attributes of modules, and of the configs they hold, by traced ones; returns their values.
 
-    Every module gets a copy of its config, with `use_cache` off. The root's own config stays as it is: config.json is
+    Every module gets a copy of its config, set to be `TRACEABLE`. The root's own config stays as it is: config.json is
     written from it, so a pruned model cannot have another one.
     """
     found: dict[Attribute, int] = {}
@@ -41,8 +43,7 @@ def trace_attributes_(model: nn.Module, equalities: list[Equation]) -> dict[Attr
                 owner.__dict__[name] = TracedInt(value, Attribute(path), equalities)
             elif is_config(value):
                 owner.__dict__[name] = config = copy.copy(value)
-                if hasattr(config, "use_cache"):
-                    config.__dict__["use_cache"] = False
+                config.__dict__.update({name: value for name, value in TRACEABLE.items() if name in config.__dict__})
                 if path != "config":
                     replace(config, path)
 

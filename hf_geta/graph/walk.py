@@ -85,7 +85,10 @@ class Walk:
     def _source(self, node: fx.Node) -> Any:
         source = self.captured.sources.get(node.name, CONSTANT)
         if source in (INPUT, CONSTANT):
-            return self._stand_in(node, source)
+            axes = self._stand_in(node, source)
+            if node.name in self.captured.constants:
+                axes.constant = self.captured.constants[node.name]
+            return axes
         if not node.users:
             return None  # a tied name, or a tensor that this forward does not use
         if source not in self.tensors:

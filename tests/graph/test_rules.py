@@ -129,7 +129,8 @@ SNIPPETS = {
         [12],
     ),
     "slices at a constant": (lambda m, x: m.from_hidden((y := m.to_24(x))[..., :12] * y[..., 12:]), ROW, []),
-    "slice with a step": (lambda m, x: m.from_hidden(m.to_24(x)[..., ::2]), ROW, []),
+    "slice with a step": (lambda m, x: m.from_hidden(m.to_24(x)[..., 1::2]), ROW, [12]),
+    "slice with a step that leaves a rest": (lambda m, x: m.to_hidden(x)[..., ::5].sum(-1, keepdim=True), ROW, []),
     "view by an attribute": (
         lambda m, x: m.from_hidden(m.to_hidden(x).view(2, 7, m.heads, 3).flatten(2)),
         ROW,
@@ -152,7 +153,18 @@ SNIPPETS = {
     "repeat_interleave": (lambda m, x: m.from_24(m.to_hidden(x).repeat_interleave(2, -1)), ROW, [12]),
     "matmul with a weight": (lambda m, x: m.to_hidden(x) @ m.from_hidden.weight.t(), ROW, [12]),
     "einsum": (lambda m, x: torch.einsum("bti,oi->bto", m.to_hidden(x), m.from_hidden.weight), ROW, [12]),
-    "einsum with dots": (lambda m, x: torch.einsum("...i,oi->...o", m.to_hidden(x), m.from_hidden.weight), ROW, []),
+    "einsum with dots": (lambda m, x: torch.einsum("...i,oi->...o", m.to_hidden(x), m.from_hidden.weight), ROW, [12]),
+    "einsum of three": (
+        lambda m, x: torch.einsum("bti,i,oi", m.to_hidden(x), m.scale, m.from_hidden.weight),
+        ROW,
+        [12],
+    ),
+    "einsum that sums": (lambda m, x: torch.einsum("bti->bt", m.to_hidden(x)), ROW, []),
+    "einsum over a diagonal": (
+        lambda m, x: torch.einsum("ii,bti->bt", m.hidden_to_hidden.weight, m.to_hidden(x)),
+        ROW,
+        [],
+    ),
     "weight through a rounding": (
         lambda m, x: F.linear(m.to_hidden(x), (m.from_hidden.weight / 0.1).round().clamp(-3, 3) * 0.1),
         ROW,
@@ -181,6 +193,16 @@ SNIPPETS = {
     "added to ones of a constant size": (lambda m, x: m.from_hidden(m.to_hidden(x) + torch.ones(12)), ROW, []),
     "chosen by number": (lambda m, x: m.from_hidden(m.to_hidden(x)[:, torch.tensor([1, 2])]), ROW, [12]),
     "chosen by number on the axis": (lambda m, x: m.to_hidden(x)[..., torch.tensor([1, 2])], ROW, []),
+    "chosen by constant numbers from the end": (
+        lambda m, x: m.from_hidden((h := m.to_hidden(x)) * h[..., [-1]]),
+        ROW,
+        [11],
+    ),
+    "weight norm for each entry": (
+        lambda m, x: m.from_hidden(F.linear(x, torch._weight_norm(m.to_hidden.weight, m.scale[:, None], 0))),
+        ROW,
+        [],
+    ),
     "gather over another": (
         lambda m, x: m.from_hidden((h := m.to_hidden(x)).gather(1, torch.zeros_like(h, dtype=torch.long))),
         ROW,

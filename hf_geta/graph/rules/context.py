@@ -18,10 +18,12 @@ class TensorAxes(tuple[AxisNode, ...]):
     """The axes of a tensor, one per dimension.
 
     `parameter` names the parameter that the tensor is computed from where it is a pure weight: along every dimension,
-    entries that are zero in the parameter are zero in the tensor. None for everything else.
+    entries that are zero in the parameter are zero in the tensor. None for everything else. `constant` has the numbers
+    of a short list of ints that the forward spells out.
     """
 
     parameter: str | None = None
+    constant: Sequence[int] | None = None
 
     @classmethod
     def of(cls, axes: Iterable[AxisNode], parameter: str | None = None) -> TensorAxes:

@@ -39,14 +39,37 @@ def addmm(axes: Axes, bias: TensorAxes, left: TensorAxes, right: TensorAxes, *_:
 
 @rule(aten.einsum)
 def einsum(axes: Axes, equation: str, tensors: Sequence[TensorAxes], *_path: Any) -> TensorAxes:
+    """Products of several tensors are taken two by two, from the left; a repeated label (a diagonal) is frozen."""
+    terms, output = _einsum_labels(equation, tensors)
+    for tensor, labels in zip(tensors, terms, strict=True):
+        axes.freeze([axis for axis, label in zip(tensor, labels) if labels.count(label) > 1], "a diagonal")
+    result, labels = tensors[0], terms[0]
+    for number in range(1, len(tensors)):
+        needed = {label for term in (*terms[number + 1 :], output) for label in term}
+        kept = [label for label in dict.fromkeys((*labels, *terms[number])) if label in needed]
+        result = axes.contract((result, labels), (tensors[number], terms[number]), kept)
+        labels = kept
+    places = dict(zip(labels, result, strict=True))
+    axes.freeze([axis for label, axis in places.items() if label not in output], "summed over by an einsum")
+    return TensorAxes.of((places[label] for label in output), result.parameter if len(places) == len(output) else None)
+
+
+def _einsum_labels(equation: str, tensors: Sequence[TensorAxes]) -> tuple[list[list[str]], list[str]]:
+    """The labels of each tensor's dimensions and of the result's; those behind `...` are numbered from the right."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
-    labels = inputs.split(",")
-    repeated = any(len(set(term)) < len(term) for term in labels)
-    if len(tensors) != 2 or not arrow or "." in equation or repeated:
-        for tensor in tensors:
-            axes.freeze(tensor, "an einsum beyond products of two tensors with an explicit result")
-        return axes.frozen(axes.shape, "an einsum beyond products of two tensors with an explicit result")
-    return axes.contract((tensors[0], labels[0]), (tensors[1], labels[1]), output)
+
+    def expand(term: str, rank: int) -> list[str]:
+        before, dots, after = term.partition("...")
+        hidden = range(rank - len(before) - len(after), 0, -1) if dots else ()
+        return [*before, *(f"...{number}" for number in hidden), *after]
+
+    terms = [expand(term, len(tensor)) for term, tensor in zip(inputs.split(","), tensors, strict=True)]
+    hidden_rank = max(sum(label.startswith("...") for label in term) for term in terms)
+    if arrow:
+        return terms, expand(output, hidden_rank + len(output.replace("...", "")))
+    used = [label for term in terms for label in term]
+    once = sorted(label for label in set(used) if len(label) == 1 and used.count(label) == 1)
+    return terms, [*expand("...", hidden_rank), *once]
 
 
 @rule("transformers::grouped_mm_fallback", "aten::_grouped_mm")

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from hf_geta.graph.axes import concatenation
 from hf_geta.graph.integers import flat_integers
 from hf_geta.graph.rules.context import LOOKED_UP, Axes, TensorAxes
 from hf_geta.graph.rules.registry import rule
+from hf_geta.graph.rules.views import slice_
 
 aten = torch.ops.aten
 
@@ -35,13 +37,21 @@ def index_select(axes: Axes, x: TensorAxes, dim: int, index: TensorAxes) -> Tens
 def index(axes: Axes, x: TensorAxes, indices: Sequence[TensorAxes | None]) -> TensorAxes:
     """x[indices]: indexed dimensions are frozen, the others go through; indices side by side keep their place."""
     used = [dim for dim, tensor in enumerate(indices) if tensor is not None]
+    if len(used) == 1 and (constant := indices[used[0]].constant) is not None:
+        return _picked(axes, x, used[0], constant)
     axes.freeze([x[dim] for dim in used], BY_NUMBER)
     for tensor in indices:
         axes.freeze(tensor or (), BY_NUMBER)
     others = [axis for dim, axis in enumerate(x) if dim not in used]
     place = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
     chosen = axes.shape[place : place + len(axes.shape) - len(others)]
-    return TensorAxes.of((*others[:place], *axes.frozen(chosen, BY_NUMBER), *others[place:]))
+    return TensorAxes.of((*others[:place], *axes.frozen(chosen, BY_NUMBER), *others[place:]), x.parameter)
+
+
+def _picked(axes: Axes, x: TensorAxes, dim: int, numbers: Sequence[int]) -> TensorAxes:
+    """x[..., [-2], ...] with constant numbers: these entries stay where they are, those around them may go."""
+    pieces = [slice_(axes, x, dim, number, number + 1 or None)[dim] for number in numbers]
+    return TensorAxes.of((*x[:dim], concatenation(pieces), *x[dim + 1 :]), x.parameter)
 
 
 @rule(aten.gather, aten.scatter, aten.scatter_add, aten.scatter_reduce, aten.take_along_dim)

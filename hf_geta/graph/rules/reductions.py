@@ -71,6 +71,14 @@ def layer_norm(
     return axes.broadcast([operand for operand in (x, weight, bias) if isinstance(operand, TensorAxes)], x.sizes)
 
 
+@rule(aten._weight_norm, aten._weight_norm_interface)
+def weight_norm(axes: Axes, direction: TensorAxes, length: TensorAxes, *_: Any) -> TensorAxes | list[TensorAxes]:
+    """length * direction / |direction|: entries are mixed, and where all of them are zero, it is 0 / 0."""
+    axes.freeze((*direction, *length), "normalized, which zeros cannot be")
+    result = TensorAxes.of(direction)
+    return [result, TensorAxes.of(length)] if isinstance(axes.shape, list) else result
+
+
 @rule(aten.batch_norm, aten.instance_norm)
 def batch_norm(axes: Axes, x: TensorAxes, *operands: Any) -> TensorAxes:
     """An affine map per channel in eval mode; an instance norm mixes over places too."""

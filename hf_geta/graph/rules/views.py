@@ -155,8 +155,7 @@ def slice_(
     size = x[dim].size
     first, last, _ = slice(start, stop, step).indices(size)
     if step != 1:
-        axes.freeze(x[dim], "sliced with a step")
-        kept = axes.frozen(axes.shape[dim : dim + 1], "sliced with a step")[0]
+        kept = _every(axes, x[dim], first, last, step)
     else:
         before, kept, _ = cut(x[dim], (first, max(last - first, 0), size - max(first, last)))
         if first > 0:
@@ -168,6 +167,16 @@ def slice_(
         elif stop is not None and int(stop) < 2 * size:
             axes.freeze(x[dim], "sliced at a constant")
     return TensorAxes.of((*x[:dim], kept, *x[dim + 1 :]))
+
+
+def _every(axes: Axes, axis: AxisNode, first: int, last: int, step: int) -> AxisNode:
+    """x[first::step]: entry `first` of each of the blocks that `step` entries make; [gate0, up0, gate1, up1, ...]."""
+    if axis.size % step or first >= step or last <= axis.size - step + first:
+        axes.freeze(axis, "sliced with a step")
+        return axes.frozen((len(range(first, last, step)),), "sliced with a step")[0]
+    blocks, places = align([axis], (axis.size // step, step))
+    axes.freeze(places, "sliced with a step")
+    return blocks
 
 
 def _from_start(bound: int | None, axis: AxisNode) -> Expression:

@@ -1,0 +1,366 @@
+"""Tiny configs of any model type: the defaults of its config class, shrunk by what the names of the fields mean.
+
+Equal widths stay equal and lists keep their lengths, over all sub-configs together, since one part's output width is
+another's input width. Widths of different meaning get different sizes, so that a wrong tie between axes shows. Where
+names are not enough, `special.py` has values by model type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from tests.zoo.special import CONFIGS
+
+HIDDEN = ("hidden_size", "d_model", "n_embd", "model_dim", "dim", "emb_dim", "embed_dim", "dim_model", "hidden_dim")
+HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads", "attention_heads")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "num_key_value_attention_heads")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "layers", "depth")
+HIDDEN_SIZES = (48, 32, 40, 64, 24, 80, 56, 72, 96)  # in order of appearance, all of heads of 8
+INNER_SIZES = (56, 40, 72, 44, 88, 60, 52, 76, 68)
+EXPERT_SIZES = (24, 20, 28, 36)
+HEAD_SIZE = 8
+BASE_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"is_encoder_decoder"}
+
+IS_LAYERS = re.compile(r"(layers?|num_blocks|n_blocks|_depth|_blocks_per_group|num_stacks|per_block)$")
+IS_HEADS = re.compile(r"(_heads|_n_head|heads_per_layer)$")
+IS_INNER = re.compile(r"(intermediate|ffn|inner|d_ff$|dff$|dim_ff|feed_?forward|mlp_dim|linear_units|mlp_hidden)")
+IS_EXPERT = re.compile(r"(moe|expert).*(intermediate|hidden|ffn|dim)")
+IS_WIDTH = re.compile(
+    r"(hidden|_size$|_sizes$|_dims?$|_dim_|channels|width|rank|planes|filters|features|embedding_dimension|_units|expand$"
+    r"|latents?$|_dimension$|d_model|d_kv|emb$|dim_model|mid_dim)"
+)
+IS_POSITIONS = re.compile(
+    r"(position_embeddings|positions?$|n_ctx|max_seq_len|max_length|seq_length|seq_len|context_length|num_pos"
+    r"|position_embedding_size|max_.*_tokens|pos_emb|model_max_length|max_num_patches|text_len$|max_ep_len)"
+)
+IS_TOKEN = re.compile(r"(token_id|token_index|_token_ids|bos_id|eos_id|start_id|end_id|newline_id|patch_id|pad_id)s?$")
+KEPT = re.compile(
+    r"(kernel|stride|factor|ratio|cost|loss|coefficient|dropout|eps|theta|range|max_depth|min_depth|scale_emb|_rate$|"
+    r"temperature|dilation|padding|window_size_per|ignore_index|num_channels|in_chans|num_labels|type_vocab|seed|period|"
+    r"sampling_rate|quantiles|norm_mean|norm_std|_multiplier|pool_|strides|version|bits|timescale|merge_size|reduce_factor|"
+    r"divisor|max_2d|scale$|drop_|hop_length|image_mean|image_std|radius|groups?$|_levels?$|mlp_ratios?|cls_tokens|n_points)"
+)
+SMALL = {
+    "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4, "zero_expert_num": 2,
+    "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2,
+    "n_group": 2, "topk_group": 1, "num_expert_group": 2, "n_shared_experts": 1, "num_shared_experts": 1,
+    "num_queries": 7, "num_detection_tokens": 5, "two_stage_num_proposals": 7, "num_denoising": 3, "num_query_tokens": 5,
+    "q_lora_rank": 20, "kv_lora_rank": 12, "o_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
+    "v_head_dim": 10, "qk_head_dim": 10, "first_k_dense_replace": 1, "index_head_dim": 8, "index_n_heads": 2,
+    "index_topk": 8, "sliding_window": 6, "attention_window_size": 6, "attention_chunk_size": 6, "chunk_size": 4,
+    "mamba_chunk_size": 4, "mamba_d_state": 6, "state_size": 6, "ssm_state_size": 6, "time_step_rank": 5,
+    "mamba_dt_rank": 5, "num_mel_bins": 16, "n_mel_bins": 16, "codebook_size": 20, "num_codebooks": 3, "codebook_dim": 12,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "block_size": 4, "max_text_len": 32,
+    "entity_vocab_size": 30, "num_conv_pos_embeddings": 6, "num_conv_pos_embedding_groups": 2, "max_window_layers": 1,
+    "hidden_size_per_layer_input": 12, "num_kv_shared_layers": 0, "num_register_tokens": 2, "image_seq_length": 16,
+    "mm_tokens_per_image": 4, "num_groups": 4, "rotary_dim": 4, "encoder_stride": 8, "num_latents": 6,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 10,
+    "attention_window": 8, "num_feature_levels": 3, "downsample_factor": 2, "num_nextn_predict_layers": 0,
+    "n_codebooks": 3, "num_quantizers": 3, "target_length": 8, "upsample_groups": 8, "local_radius": 4,
+    "global_block_size": 4, "vocab_size_per_layer_input": 99, "window_size": 4, "num_groups_norm": 4,
+}  # fmt: skip
+
+
+def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
+    """A tiny config of a model type; `changes` are fields of it ("text_config__hidden_size" for nested ones)."""
+    special = CONFIGS.get(model_type, {})
+    start = {name: value for name, value in special.get("start", {}).items()}
+    config = default_config(model_type, **start)
+    values = Shrinker(special).shrink(config)
+    for path, value in {**special.get("set", {}), **changes}.items():
+        *outer, name = path.split("__")
+        owner = values
+        for step in outer:
+            owner = owner.setdefault(step, {})
+        owner[name] = value
+    return type(config)(**values)
+
+
+def default_config(model_type: str, **values: Any) -> PreTrainedConfig:
+    """The config class's defaults, with backbones of transformers instead of those of timm or of a hub."""
+    config_class = CONFIG_MAPPING[model_type]
+    config = config_class(**values)
+    backbone = getattr(config, "backbone_config", None)
+    if getattr(backbone, "model_type", None) == "timm_backbone" or getattr(config, "use_timm_backbone", False):
+        out = {"out_indices": [1, 2, 3, 4]}
+        config = config_class(
+            **{"use_timm_backbone": False, "backbone": None, **values}, backbone_config=CONFIG_MAPPING["resnet"](**out)
+        )
+    return config
+
+
+class Shrinker:
+    """Shrinks a config and its sub-configs; remembers which width became which."""
+
+    def __init__(self, special: Mapping[str, Any]) -> None:
+        self.widths: dict[int, int] = {}
+        self.inner: dict[int, int] = {}
+        self.experts: dict[int, int] = {}
+        self.tokens: dict[int, int] = {}
+        self.vocabularies: dict[int, int] = {}
+        self.keep = set(special.get("keep", ()))
+
+    def shrink(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """The constructor's values of a smaller config."""
+        given = explicit_values(config)
+        values: dict[str, Any] = {}
+        nested = {name: value for name, value in given.items() if isinstance(value, PreTrainedConfig)}
+        for name in sorted(nested, key=lambda name: "text" not in name):
+            values[name] = {**self.shrink(nested[name]), "model_type": nested[name].model_type}
+        nested_ids = {id(value) for value in nested.values()}
+        given = {name: value for name, value in given.items() if id(value) not in nested_ids}
+        self._note_hidden(config, given)
+        layers, picked = pick_layers(config, given)
+        for name, value in given.items():
+            values[name] = self._value(name, value, config, layers, picked)
+        values.update(picked_lists(config, layers, picked))
+        return {name: value for name, value in values.items() if name not in BASE_FIELDS}
+
+    def _note_hidden(self, config: PreTrainedConfig, given: Mapping[str, Any]) -> None:
+        head_lists = [
+            value for name, value in given.items() if IS_HEADS.search(name) and isinstance(value, (list, tuple))
+        ]
+        for name in HIDDEN:
+            value = given.get(name)
+            if type(value) is not int or value in self.widths or value <= 16:
+                continue
+            if head_lists and isinstance(head_lists[0][0], int):  # a width that doubles from stage to stage
+                self.widths[value] = HEAD_SIZE * head_lists[0][0]
+            else:
+                used = set(self.widths.values())
+                self.widths[value] = next((size for size in HIDDEN_SIZES if size not in used), 32)
+
+    def _value(self, name: str, value: Any, config: PreTrainedConfig, layers: int, picked: list[int]) -> Any:
+        if name in self.keep or isinstance(value, (bool, str, float)) or value is None:
+            return value
+        if IS_TOKEN.search(name):
+            return self._token(name, value)
+        if isinstance(value, int):
+            return self._int(name, value, config, picked)
+        if isinstance(value, (list, tuple)) and value:
+            return self._list(name, value, config, layers, picked)
+        if name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
+            return self._rope(value, config)
+        return value
+
+    def _token(self, name: str, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self._token(name, one) for one in value]
+        if not isinstance(value, int) or value < 3:
+            return value
+        return self.tokens.setdefault(value, 3 + len(self.tokens))
+
+    def _int(self, name: str, value: int, config: PreTrainedConfig, picked: list[int]) -> int:
+        if name in LAYERS and picked and value == len_of_layers(config):
+            return len(picked)
+        if name in SMALL:
+            return min(value, SMALL[name])
+        if re.search(r"vocab_?size|n_vocab|src_vocab|tgt_vocab|num_embeddings", name) and value > 100:
+            return self.vocabularies.setdefault(value, 99 + 2 * len(self.vocabularies))
+        if IS_LAYERS.search(name) or name in LAYERS:
+            return min(value, 2)
+        if name in KEY_VALUE_HEADS or name.endswith(("key_value_heads", "kv_heads")):
+            return self._key_value_heads(value, config)
+        if IS_HEADS.search(name) or name in HEADS:
+            return self._heads(value, config)
+        if name in (
+            "head_dim",
+            "d_kv",
+            "kv_channels",
+            "attention_head_dim",
+            "attention_head_size",
+            "d_head",
+            "dim_head",
+            "swa_head_dim",
+        ):
+            return self._head_size(value, config)
+        if name in (
+            "image_size",
+            "img_size",
+            "input_resolution",
+            "resolution",
+            "pretrain_image_size",
+            "visual_prompt_size",
+            "spec_size",
+        ):
+            return self._image_size(value, config)
+        if name == "patch_size":
+            return value if value <= 4 else 8
+        if IS_EXPERT.search(name):
+            return pooled(self.experts, value, EXPERT_SIZES)
+        if value in self.widths and (IS_WIDTH.search(name) or name in HIDDEN):
+            return self.widths[value]
+        if IS_INNER.search(name) and value > 16:
+            return pooled(self.inner, value, INNER_SIZES)
+        if IS_POSITIONS.search(name) and value > 64:
+            return 64
+        if KEPT.search(name):
+            return value
+        if IS_WIDTH.search(name) or value > 256:
+            return self._width(value)
+        return value
+
+    def _width(self, value: int) -> int:
+        if value <= 16:
+            return value
+        if value not in self.widths:
+            multiple = next((k for k in (2, 3, 4) for width in self.widths if value == k * width), None)
+            if multiple:
+                return multiple * self.widths[value // multiple]
+            self.widths[value] = 16 if value < 256 else max(16, 8 * round(value / 128))
+        return min(self.widths[value], 96)
+
+    def _hidden(self, config: PreTrainedConfig) -> tuple[int, int] | None:
+        values = explicit_values(config)
+        for name in HIDDEN:
+            if type(value := values.get(name)) is int and value in self.widths:
+                return value, self.widths[value]
+        return None
+
+    def _heads(self, value: int, config: PreTrainedConfig) -> int:
+        hidden = self._hidden(config)
+        if value == 1 or hidden is None:
+            return min(value, 4)
+        most = max(hidden[1] // HEAD_SIZE, 1)
+        return most if value >= most else max(heads for heads in range(1, value + 1) if most % heads == 0)
+
+    def _key_value_heads(self, value: int, config: PreTrainedConfig) -> int:
+        original = next((v for name in HEADS if type(v := getattr(config, name, None)) is int), value)
+        heads = self._heads(original, config)
+        if value == original or value == 1:
+            return heads if value == original else 1
+        return max([d for d in range(1, heads) if heads % d == 0 and d <= max(2, heads // 2)], default=1)
+
+    def _head_size(self, value: int, config: PreTrainedConfig) -> int:
+        hidden = self._hidden(config)
+        heads = next((v for name in HEADS if type(v := getattr(config, name, None)) is int), None)
+        is_quotient = hidden is None or heads is None or heads * value == hidden[0]
+        return HEAD_SIZE if is_quotient else 2 * HEAD_SIZE
+
+    def _image_size(self, value: int, config: PreTrainedConfig) -> int:
+        patch = getattr(config, "patch_size", None)
+        if isinstance(patch, int):
+            return 32 if patch > 4 else 64 if value >= 64 else value
+        return min(value, 64)
+
+    def _list(self, name: str, value: Sequence[Any], config: PreTrainedConfig, layers: int, picked: list[int]) -> Any:
+        if len(value) == layers and picked and layers > 2:
+            value = [value[index] for index in picked]
+        if all(isinstance(one, (list, tuple)) for one in value):
+            return [self._list(name, one, config, -1, []) if one else one for one in value]
+        if not all(type(one) is int for one in value):
+            return value
+        if name in ("image_size", "img_size"):
+            return [self._image_size(one, config) for one in value]
+        if (
+            re.search(r"(depths|blocks_per_stage|layers|block_repeats|num_blocks|block_sizes|numb_of_layers)$", name)
+            and "no_rope" not in name
+        ):
+            return [min(one, 2) for one in value]
+        if re.search(r"(indices|_ind|indexes|_layers|_idxs|_ids|layer_ids|attention_blocks)$", name) or KEPT.search(
+            name
+        ):
+            return [one for one in value]
+        if IS_HEADS.search(name):
+            return value
+        if IS_WIDTH.search(name) or name in HIDDEN:
+            return self._widths(value, config)
+        return value
+
+    def _widths(self, value: Sequence[int], config: PreTrainedConfig) -> list[int]:
+        """Widths of stages: in proportion, with the first stage small."""
+        if all(one in self.widths for one in value):
+            return [self.widths[one] for one in value]
+        heads = next((h for n in HEADS if isinstance(h := getattr(config, n, None), (list, tuple))), None)
+        least = HEAD_SIZE * heads[0] if heads else 16
+        positive = [one for one in value if one > 3]
+        tiny = [max(8, 8 * round(one * least / min(positive) / 8)) if one > 3 else one for one in value]
+        if not heads:
+            tiny = [min(one, 64) for one in tiny]
+        for one, size in zip(value, tiny, strict=True):
+            self.widths.setdefault(one, size)
+        return tiny
+
+    def _rope(self, value: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+        rope = {name: self._rope(one, config) if isinstance(one, dict) else one for name, one in value.items()}
+        for name in ("mrope_section", "xdrope_section"):
+            if name in rope:
+                rope[name] = [2, 1, 1] if name == "mrope_section" else [1, 1, 1, 1]
+        for name in ("short_factor", "long_factor"):
+            if name in rope:
+                rope[name] = [1.0] * (HEAD_SIZE // 2)
+        return rope
+
+
+def pooled(known: dict[int, int], value: int, sizes: Sequence[int]) -> int:
+    if value <= 16:
+        return value
+    return known.setdefault(value, sizes[len(known) % len(sizes)])
+
+
+def explicit_values(config: PreTrainedConfig) -> dict[str, Any]:
+    """What to say to the constructor; not what it derives from the rest."""
+    default = type(config)()
+    values = {}
+    for field in dataclasses.fields(config):
+        if field.name in BASE_FIELDS or not field.init or not hasattr(config, field.name):
+            continue
+        value = getattr(config, field.name)
+        derived = field.default is None and not isinstance(value, PreTrainedConfig)
+        if (
+            derived
+            and _plain(value) == _plain(getattr(default, field.name, None))
+            and not field.name.startswith("rope")
+        ):
+            continue
+        values[field.name] = value
+    return values
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def len_of_layers(config: PreTrainedConfig) -> int:
+    for name in LAYERS:
+        if type(value := getattr(config, name, None)) is int:
+            return value
+    return -1
+
+
+def pick_layers(config: PreTrainedConfig, given: Mapping[str, Any]) -> tuple[int, list[int]]:
+    """The number of layers, and which of them to keep so that every kind of layer is there."""
+    layers = len_of_layers(config)
+    if layers <= 2:
+        return layers, list(range(max(layers, 0)))
+    lists = [
+        value
+        for name, value in config.__dict__.items()
+        if isinstance(value, (list, tuple))
+        and len(value) == layers
+        and not any(isinstance(v, (float, dict)) for v in value)
+    ]
+    out = given.get("_out_indices") or given.get("out_indices") or given.get("backbone_out_indices") or ()
+    kinds = list(zip(*(map(str, value) for value in lists))) if lists else [()] * layers
+    picked = sorted({kinds.index(kind): None for kind in kinds}) if len(set(kinds)) <= 6 else list(range(6))
+    extra = iter(index for index in range(layers) if index not in picked)
+    while len(picked) < max(2, min(layers, len(out))):
+        picked.append(next(extra))
+    return layers, sorted(picked)
+
+
+def picked_lists(config: PreTrainedConfig, layers: int, picked: list[int]) -> dict[str, Any]:
+    """Lists by layer that the constructor would derive from a pattern too long for a tiny model."""
+    names = ("layer_types", "mlp_layer_types", "layers_block_type", "moe_layers_pattern")
+    fields = {field.name for field in dataclasses.fields(config)}
+    found = {}
+    for name in names:
+        value = getattr(config, name, None)
+        if name in fields and isinstance(value, (list, tuple)) and len(value) == layers:
+            found[name] = [value[index] for index in picked]
+    return found

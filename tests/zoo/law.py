@@ -1,0 +1,202 @@
+"""The law of a search space: a masked model equals the pruned one, and that one as saved and loaded."""
+
+from __future__ import annotations
+
+import copy
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_geta import build_qadg
+from hf_geta.graph.qadg import QADG
+
+SHARE, TOLERANCE, MOVED = 0.4, 1e-4, 1e-3
+
+
+@dataclass
+class Record:
+    """What came of one model. `reason` is empty where the law holds; `stage` says how far the model came."""
+
+    model_class: str
+    model_type: str
+    task: str
+    stage: str = "build"
+    reason: str = ""
+    parameters: int = 0
+    build_seconds: float = 0.0
+    seconds: float = 0.0
+    axes: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+    share: float = 0.0
+    frozen: dict[str, int] = field(default_factory=dict)
+    moved: float = 0.0
+    pruned_error: float = 0.0
+    loaded_error: float = 0.0
+
+    @property
+    def built(self) -> bool:
+        return self.stage not in ("build", "inputs")
+
+    @property
+    def captured(self) -> bool:
+        return self.built and self.stage != "capture"
+
+    @property
+    def lawful(self) -> bool:
+        return self.stage == "done"
+
+
+@torch.no_grad()
+def randomize_(model: nn.Module, seed: int = 0) -> None:
+    """Weights that nothing cancels: every layer counts, every output is finite."""
+    torch.manual_seed(seed)
+    embeddings = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        noise, word = torch.randn_like(parameter), name.rsplit(".", 1)[-1].lower()
+        if "a_log" in word or word.startswith("dt_"):
+            parameter.add_(0.1 * noise)
+        elif id(parameter) in embeddings:
+            parameter.copy_(0.5 * noise)
+        elif parameter.ndim > 1:
+            fan_in = parameter[0].numel()
+            parameter.copy_(noise * min(0.5, 1.2 * fan_in**-0.5))
+        elif "bias" in word:
+            parameter.copy_(0.3 * noise)
+        else:
+            parameter.copy_(1 + 0.15 * noise)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(0.2 * torch.randn_like(buffer))
+        elif name.endswith("running_var"):
+            buffer.copy_(0.5 + torch.rand_like(buffer))
+
+
+def float_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All float tensors of an output, by their names; caches are not looked into."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.numel():
+            yield name, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from float_tensors(value, f"{name}.{key}")
+    elif isinstance(output, (list, tuple)):
+        for key, value in enumerate(output):
+            yield from float_tensors(value, f"{name}.{key}")
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    torch.manual_seed(0)  # some forwards draw numbers, such as the masks of masked autoencoders
+    return dict(float_tensors(model(**copy.deepcopy(dict(inputs)))))
+
+
+def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """The largest difference of two outputs, each tensor on its own scale; infinite where they do not compare."""
+    if one.keys() != other.keys():
+        return float("inf")
+    worst = 0.0
+    for name, left in one.items():
+        right = other[name]
+        if left.shape != right.shape or not torch.equal(left.isfinite(), right.isfinite()):
+            return float("inf")
+        finite = left.isfinite()
+        if finite.any():
+            left, right = left[finite].double(), right[finite].double()
+            worst = max(worst, float((left - right).abs().max() / left.abs().max().clamp_min(1e-3)))
+    return worst
+
+
+def some_groups(qadg: QADG, seed: int) -> dict[str, list[int]]:
+    """Random groups of every axis, 40 % of each and at least one."""
+    draw = random.Random(seed)
+    return {
+        axis.name: sorted(draw.sample(range(axis.size), max(1, int(SHARE * axis.size))))
+        for axis in qadg.axes
+        if axis.size > 1
+    }
+
+
+def check_law(model: nn.Module, inputs: Mapping[str, Any], record: Record, seed: int = 0) -> Record:
+    """Build the QADG of `model` and hold it to the law; the record says what came of it."""
+    randomize_(model, seed)
+    record.parameters = sum(parameter.numel() for parameter in model.parameters())
+    record.stage = "inputs"
+    dense = outputs(model, inputs)
+    if any(tensor.isnan().any() for tensor in dense.values()) or not dense:
+        raise ValueError("the dense model's outputs are not finite")
+    if distance(dense, outputs(model, inputs)) > 1e-6:
+        raise ValueError("the dense model does not repeat its own outputs")
+    record.stage = "capture"
+    start = time.perf_counter()
+    qadg = build_qadg(model, inputs)
+    record.build_seconds = time.perf_counter() - start
+    describe(record, qadg, model)
+    record.stage = "no axes"
+    removed = some_groups(qadg, seed)
+    if not removed:
+        raise ValueError("no prunable axis: " + qadg.explain_frozen())
+    record.stage = "mask"
+    masked_model = copy.deepcopy(model)
+    qadg.zero_(masked_model, removed)
+    masked = outputs(masked_model, inputs)
+    record.stage = "prune"
+    small = qadg.prune(model, removed)
+    record.stage = "run pruned"
+    pruned = outputs(small, inputs)
+    record.pruned_error = distance(masked, pruned)
+    if not record.pruned_error <= TOLERANCE:
+        record.stage = "wrong"
+        raise ValueError(f"pruned and masked differ by {record.pruned_error:.1e}")
+    record.moved = distance(dense, masked)
+    record.stage = "save"
+    with tempfile.TemporaryDirectory() as folder:
+        small.save_pretrained(folder)
+        record.stage = "load"
+        loaded = type(model).from_pretrained(folder).eval()
+    record.stage = "run loaded"
+    record.loaded_error = distance(pruned, outputs(loaded, inputs))
+    if not record.loaded_error <= TOLERANCE:
+        record.stage = "loaded wrong"
+        raise ValueError(f"pruned and loaded differ by {record.loaded_error:.1e}")
+    if not record.moved > MOVED:
+        record.stage = "unmoved"
+        raise ValueError(f"removing moved the outputs by {record.moved:.1e} only")
+    record.stage = "done"
+    return record
+
+
+def describe(record: Record, qadg: QADG, model: nn.Module) -> None:
+    record.axes = dict(Counter(axis.kind for axis in qadg.axes))
+    for axis in qadg.axes:
+        record.sizes.setdefault(axis.kind, []).append(axis.size)
+    covered = 0
+    tensors = dict(model.named_parameters())
+    owned: dict[str, dict[int, Tensor]] = {}
+    for axis in qadg.axes:
+        for member in axis.members:
+            if member.tensor in tensors:
+                shape = tensors[member.tensor].shape
+                mask = owned.setdefault(member.tensor, {}).setdefault(
+                    member.dim, torch.zeros(shape[member.dim], dtype=torch.bool)
+                )
+                mask[member.indices.flatten()] = True
+    for name, dims in owned.items():
+        free = 1
+        for dim, mask in dims.items():
+            free *= int((~mask).sum())
+        for dim, size in enumerate(tensors[name].shape):
+            free *= 1 if dim in dims else size
+        covered += tensors[name].numel() - free
+    record.share = covered / max(1, record.parameters)
+    for frozen in qadg.frozen:
+        why = f"{frozen.reason}{' by ' + frozen.operator if frozen.operator else ''}"
+        record.frozen[why] = record.frozen.get(why, 0) + len(frozen.dimensions)

@@ -1,0 +1,73 @@
+"""Records as JSON lines, as a table and as a summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tests.zoo.law import Record
+
+
+def write_line(record: Record, path: Path) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The newest record of every class in a file of JSON lines."""
+    newest = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        values = json.loads(line)
+        newest[values["model_type"], values["model_class"]] = Record(**values)
+    return list(newest.values())
+
+
+def one_line(record: Record) -> str:
+    axes = " ".join(f"{kind}:{count}" for kind, count in record.axes.items())
+    return f"{record.stage:12} {record.model_type:28} {record.model_class:44} {record.seconds:6.1f}s  {axes}  {record.reason}"
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """A table with a row for every model class."""
+    lines = [
+        "| model type | class | captured | seconds | axes by kind | parameters in prunable slices | equal | why not |",
+        "| --- | --- | --- | ---: | --- | ---: | --- | --- |",
+    ]
+    for record in sorted(records, key=lambda record: (record.model_type, record.model_class)):
+        axes = ", ".join(f"{count} {kind}" for kind, count in record.axes.items())
+        cells = (
+            record.model_type, record.model_class,
+            "yes" if record.captured else "no" if record.built else "not built",
+            f"{record.build_seconds:.1f}" if record.captured else "", axes,
+            f"{record.share:.0%}" if record.captured else "", "yes" if record.lawful else "no" if record.captured else "",
+            record.reason.replace("|", "\\|"),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def summary(records: Sequence[Record]) -> str:
+    """What share was built, captured and lawful; by model class and by model type."""
+    lines = [_count("model classes", [[record] for record in records])]
+    by_type: dict[str, list[Record]] = {}
+    for record in records:
+        by_type.setdefault(record.model_type, []).append(record)
+    lines.append(_count("model types (all their classes)", list(by_type.values())))
+    stages = Counter(record.stage for record in records)
+    lines.append("stages: " + ", ".join(f"{stage} {count}" for stage, count in stages.most_common()))
+    return "\n".join(lines)
+
+
+def _count(what: str, groups: Iterable[Sequence[Record]]) -> str:
+    groups = list(groups)
+    built = [kept for group in groups if (kept := [record for record in group if record.built])]
+    captured = [group for group in built if all(record.captured for record in group)]
+    lawful = [group for group in captured if all(record.lawful for record in group)]
+    wrong = sum(any(record.stage in ("wrong", "loaded wrong") for record in group) for group in built)
+    return (
+        f"{what}: built {len(built)} of {len(groups)}; captured {len(captured)} ({len(captured) / max(1, len(built)):.1%});"
+        f" lawful {len(lawful)} ({len(lawful) / max(1, len(captured)):.1%} of the captured); wrong without an error {wrong}"
+    )

@@ -12,6 +12,8 @@ import operator
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Attribute(NamedTuple):
     """An int attribute of a module, or of the config a module holds, by its dotted path from the model."""
@@ -100,6 +102,8 @@ class TracedInt(int):
 
 def _traced(symbol: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:
     def compute(self: TracedInt, other: Any) -> Any:
+        if isinstance(other, torch.SymInt):  # does not mix with kinds of int
+            return ARITHMETIC[symbol](*((other, int(self)) if reflected else (int(self), other)))
         if not isinstance(other, int):
             return NotImplemented  # floats and tensors: int's own rules, no longer traced
         left, right = (other, self) if reflected else (self, other)

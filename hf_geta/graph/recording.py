@@ -82,7 +82,7 @@ class IntegerRecorder(TorchFunctionMode):
         else:
             integers = list(flat_integers((args, kwargs)))
             if any(isinstance(value, TracedInt) for value in integers):
-                self._record(result, integers, mode.tracer)
+                self._record(result, args, kwargs, mode.tracer)
         return result
 
     def _mark(self, node: Any) -> Any:
@@ -102,16 +102,13 @@ class IntegerRecorder(TorchFunctionMode):
             return result
         return torch.Size([TracedInt(size, SizeOf(node, dim), self.equalities) for dim, size in enumerate(result)])
 
-    def _record(self, result: Any, integers: list[int], tracer: Any) -> None:
+    def _record(self, result: Any, args: Any, kwargs: dict[str, Any], tracer: Any) -> None:
         is_sequence = isinstance(result, tuple | list)
         node: Any = node_of(result[0] if is_sequence and result else result, tracer)
         if node is not None and is_sequence:
             node = node.args[0]  # split and its like: the results are getitem nodes
-        if not isinstance(node, fx.Node):
-            return
-        given = list(flat_integers((node.args, node.kwargs)))  # without trailing arguments that equal their default
-        if given == [int(value) for value in integers[: len(given)]]:
-            self.integers[self._mark(node)] = integers[: len(given)]
+        if isinstance(node, fx.Node) and (integers := _lined_up(node, args, kwargs)) is not None:
+            self.integers[self._mark(node)] = integers
 
     def _record_slices(self, result: Any, x: Any, index: Any, *, tracer: Any) -> None:
         slices = [part for part in (index if isinstance(index, tuple) else (index,)) if isinstance(part, slice)]
@@ -155,6 +152,24 @@ class IntegerRecorder(TorchFunctionMode):
             for equation in self.equalities
         )
         return integers, [equation for equation in equalities if equation.left != equation.right]
+
+
+def _lined_up(node: fx.Node, args: Any, kwargs: dict[str, Any]) -> list[int] | None:
+    """The ints of a call in the order of a node's; those that only the node has (defaults) as they are.
+
+    None where the call's ints are not the node's: then it computed with them first.
+    """
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema else []
+    positional = iter(list(flat_integers(args)))
+    found: list[int] = []
+    for name, value in (*zip(names, node.args, strict=False), *node.kwargs.items()):
+        given = list(flat_integers((value,)))
+        traced = list(flat_integers((kwargs[name],))) if name in kwargs else [next(positional, one) for one in given]
+        found += traced if len(traced) == len(given) else given
+        if [int(value) for value in found[len(found) - len(given) :]] != given:
+            return None
+    return found
 
 
 def node_of(value: Any, tracer: Any) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import random
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -13,23 +11,11 @@ from torch import Tensor, nn
 
 from hf_geta.graph.axes import AxisNode, Reason, find, freeze, is_frozen, leaves, positions, tags
 from hf_geta.graph.capture import transient_buffers
-from hf_geta.graph.integers import (
-    Attribute,
-    Equation,
-    Expression,
-    Operation,
-    UnsolvableError,
-    expression_leaves,
-    solve,
-    substitute,
-)
+from hf_geta.graph.realizable import freeze_alone_unrealizable, freeze_unrealizable, names_in
 from hf_geta.graph.rules.context import BATCHED, CONSUMED, CONVOLVED, LOOKED_UP, STACKED
 from hf_geta.graph.walk import Walk
 from hf_geta.quantization.quantizers import Quantizer
 
-logger = logging.getLogger(__name__)
-
-SAMPLES = 6  # of sizes for all leaves together; a wrong guess that survives one is rare, six is none seen
 MAX_DISTANCE = 2  # of the modules of a leaf below the one that it is named after: attention -> self -> query
 SUFFIXES = {
     "attention_head": "heads",
@@ -69,7 +55,7 @@ class SearchSpace:
             for dim, axis in enumerate(axes)
         }
         self._freeze_by_policy(set(transient_buffers(model)))
-        self.equations = self._freeze_unrealizable()
+        self.equations = freeze_unrealizable(walk.axes.equations, walk.captured.attributes)
         self.slots: dict[AxisNode, list[Slot]] = {}
         for (name, dim), axis in self.dims.items():
             for leaf, indices in positions(axis).items():
@@ -89,28 +75,30 @@ class SearchSpace:
                 if leaf.size == 1:
                     freeze(leaf, Reason("it has one entry"))
         for equation in self._walk.axes.equations:
-            for part in _equation_leaves(equation):
+            for part in names_in(equation):
                 for leaf in leaves(part) if isinstance(part, AxisNode) else ():
                     if leaf not in owners:
                         freeze(leaf, Reason("no parameter has it"))
-        for axis in self.dims.values():
-            _freeze_rival_factors(axis, owners)
+        for batch, outer in self._walk.axes.outer:
+            if any(leaf in owners for leaf in leaves(batch)):
+                freeze(outer, Reason("an outer dimension of a product over heads: the size of a head"))
+        self._freeze_rivals(owners)
 
-    def _freeze_unrealizable(self) -> list[Equation]:
-        """Try random sizes: where no ints of the forward could follow, freeze; returns the equations that remain."""
-        generator = random.Random(0)
-        samples = 0
-        while True:
-            equations = list(dict.fromkeys(filter(None, map(_over_free_leaves, self._walk.axes.equations))))
-            names = dict.fromkeys(leaf for equation in equations for leaf in _equation_leaves(equation))
-            if samples == SAMPLES:
-                return _connected(equations)
-            sizes = {leaf: generator.randint(1, leaf.size - 1) for leaf in names if isinstance(leaf, AxisNode)}
-            try:
-                solve(equations, sizes, self._walk.captured.attributes)
-                samples += 1
-            except UnsolvableError as error:
-                _freeze_unsolvable(error.equation, equations)
+    def _freeze_rivals(self, owners: Counter[AxisNode]) -> None:
+        """In a product only one factor is pruned, or groups would overlap: the one in most tensors, else the outermost.
+
+        What the integers of the forward cannot follow, such as a literal number of shards, is no rival.
+        """
+        products = list(dict.fromkeys(one for axis in self.dims.values() for one in _products(axis)))
+        contested = dict.fromkeys(leaf for one in products for factor in _rivals(one) for leaf in factor)
+        freeze_alone_unrealizable(contested, self._walk.axes.equations, self._walk.captured.attributes)
+        for one in products:
+            rivals = _rivals(one)
+            best = max(rivals, key=lambda factor: max(owners[leaf] for leaf in factor), default=[])
+            for factor in rivals:
+                for leaf in factor:
+                    if factor is not best or any(leaf in other for other in rivals if other is not factor):
+                        freeze(leaf, Reason("it shares its entries with an axis of more tensors"))
 
     def _kind(self, leaf: AxisNode) -> str:
         noted = tags(leaf)
@@ -153,74 +141,20 @@ def quantizer_tensors(model: nn.Module) -> Iterator[str]:
             )
 
 
-def _freeze_rival_factors(axis: AxisNode, owners: Counter[AxisNode]) -> None:
-    """In a product only one factor is pruned, or groups would overlap: the one in most tensors, else the outermost."""
+def _products(axis: AxisNode) -> Iterator[AxisNode]:
+    """The products that an axis is made of, inner ones first."""
     axis = find(axis)
     for part in axis.parts:
-        _freeze_rival_factors(part, owners)
-    if not axis.parts or not axis.is_product:
-        return
+        yield from _products(part)
+    if axis.parts and axis.is_product:
+        yield axis
+
+
+def _rivals(axis: AxisNode) -> list[list[AxisNode]]:
+    """The free leaves of each factor of a product, where more than one has any."""
     free = [[leaf for leaf in leaves(part) if not is_frozen(leaf)] for part in axis.parts]
     rivals = [factor for factor in free if factor]
-    if len(rivals) < 2:
-        return
-    best = max(rivals, key=lambda factor: max(owners[leaf] for leaf in factor))
-    for factor in rivals:
-        for leaf in factor:
-            if factor is not best or any(leaf in other for other in rivals if other is not factor):
-                freeze(leaf, Reason("it shares its entries with an axis of more tensors"))
-
-
-def _over_free_leaves(equation: Equation) -> Equation | None:
-    """The equation with frozen axes as numbers; None where it says nothing."""
-    left, right = (substitute(side, _size_expression) for side in (equation.left, equation.right))
-    constant = isinstance(left, int) and isinstance(right, int)
-    return None if left == right or constant else equation._replace(left=left, right=right)
-
-
-def _size_expression(leaf: object) -> Expression:
-    """The size of an axis as an expression of its free leaves."""
-    if not isinstance(leaf, AxisNode):
-        return leaf
-    axis = find(leaf)
-    if is_frozen(axis):
-        return axis.size
-    if not axis.parts:
-        return axis
-    sizes = [_size_expression(part) for part in axis.parts]
-    total = sizes[0]
-    for size in sizes[1:]:
-        total = Operation("*" if axis.is_product else "+", total, size)
-    return total
-
-
-def _equation_leaves(equation: Equation) -> dict[object, None]:
-    return dict.fromkeys((*expression_leaves(equation.left), *expression_leaves(equation.right)))
-
-
-def _freeze_unsolvable(equation: Equation, equations: Collection[Equation]) -> None:
-    """Freeze the leaves of an equation or, where it has none, those that its attributes depend on."""
-    why = Reason(f"{equation.reason} cannot follow", equation.operator, equation.module)
-    names = _equation_leaves(equation)
-    if not any(isinstance(name, AxisNode) for name in names):
-        touching = [other for other in equations if _equation_leaves(other).keys() & names.keys()]
-        names = dict.fromkeys(name for other in touching for name in _equation_leaves(other))
-    for name in names:
-        if isinstance(name, AxisNode):
-            freeze(name, why)
-    logger.debug("%s: %s == %s has no solution", why, equation.left, equation.right)
-
-
-def _connected(equations: Collection[Equation]) -> list[Equation]:
-    """The equations that decide attributes which depend on free leaves."""
-    names: set[object] = {
-        name for equation in equations for name in _equation_leaves(equation) if isinstance(name, AxisNode)
-    }
-    found: dict[Equation, None] = {}
-    while more := [one for one in equations if one not in found and _equation_leaves(one).keys() & names]:
-        found.update(dict.fromkeys(more))
-        names |= {name for one in more for name in _equation_leaves(one) if isinstance(name, Attribute)}
-    return [one for one in found if any(isinstance(name, Attribute) for name in _equation_leaves(one))]
+    return rivals if len(rivals) > 1 else []
 
 
 def _join(path: list[str], kind: str) -> str:

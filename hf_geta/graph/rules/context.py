@@ -51,12 +51,14 @@ class Contraction:
 class Axes:
     """The state of one analysis and, for the rule at work, the operator in question.
 
+    `heads` are the batch dimensions of products of two activations, `outer` pairs them with the others of the result.
     `node` is the operator's graph node, `shape` the shape of its result (a list of shapes for several results).
     """
 
     equations: list[Equation] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     heads: list[AxisNode] = field(default_factory=list)
+    outer: list[tuple[AxisNode, AxisNode]] = field(default_factory=list)
     node: Any = None
     operator: str = ""
     module: str = ""
@@ -122,9 +124,9 @@ class Axes:
                     holders[label].append(operand)
         merged = {label: self.unify(*group) for label, group in axes.items()}
         weight = right[0].parameter or left[0].parameter
-        is_batched = any(len(holders[label]) == 2 for label in result)
+        batched = [merged[label] for label in result if len(holders[label]) == 2]
         for label, axis in merged.items():
-            if is_batched and weight is not None:
+            if batched and weight is not None:
                 tag(axis, STACKED)
             if label not in result:
                 if any(operand.parameter for operand in holders[label]):
@@ -134,8 +136,8 @@ class Axes:
             elif len(holders[label]) == 2 and weight is None:
                 tag(axis, BATCHED)
                 self.heads.append(axis)
-            elif is_batched and weight is None:
-                self.freeze(axis, "an outer dimension of a product of two activations, such as the size of a head")
+            elif weight is None:
+                self.outer += [(batch, axis) for batch in batched]
         self.count(weight, list(merged.values()), name)
         return TensorAxes.of(merged[label] for label in result)
 

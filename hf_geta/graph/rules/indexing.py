@@ -37,8 +37,9 @@ def index_select(axes: Axes, x: TensorAxes, dim: int, index: TensorAxes) -> Tens
 def index(axes: Axes, x: TensorAxes, indices: Sequence[TensorAxes | None]) -> TensorAxes:
     """x[indices]: indexed dimensions are frozen, the others go through; indices side by side keep their place."""
     used = [dim for dim, tensor in enumerate(indices) if tensor is not None]
-    if len(used) == 1 and (constant := indices[used[0]].constant) is not None:
-        return _picked(axes, x, used[0], constant)
+    constants = [tensor.constant for tensor in indices if tensor is not None]
+    if len(used) == 1 and constants[0] is not None:
+        return _picked(axes, x, used[0], constants[0])
     axes.freeze([x[dim] for dim in used], BY_NUMBER)
     for tensor in indices:
         axes.freeze(tensor or (), BY_NUMBER)

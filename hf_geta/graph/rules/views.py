@@ -213,3 +213,12 @@ def chunk(axes: Axes, x: TensorAxes, count: int, dim: int = 0) -> list[TensorAxe
     if len(pieces) != int(count):
         axes.freeze(x[dim], "cut into uneven chunks")
     return [TensorAxes.of((*x[:dim], piece, *x[dim + 1 :])) for piece in pieces]
+
+
+@rule(aten.glu)
+def gated(axes: Axes, x: TensorAxes, dim: int = -1) -> TensorAxes:
+    """The first half times the sigmoid of the second."""
+    dim %= len(x)
+    size = axes.shape[dim]
+    first, second = cut(x[dim], (size, size))
+    return TensorAxes.of((*x[:dim], axes.unify(first, second), *x[dim + 1 :]))

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_geta.checkpoint.layers import PackedLayer, replace_with_packed_
 from hf_geta.checkpoint.manifest import QUANT_METHOD, Manifest, fit_manifest, in_file_names
-from hf_geta.checkpoint.names import without_conversions_of
+from hf_geta.checkpoint.names import packed_tensors, without_conversions_of
 from hf_geta.checkpoint.prune import resize_, set_attributes_
 
 
@@ -69,8 +69,10 @@ class GETAHfQuantizer(HfQuantizer):
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """The model's conversions between file and modules, without those that would cut or join packed tensors."""
-        return without_conversions_of(weight_conversions, self._manifest.layers)
+        """The model's conversions between file and modules, without those of packed and pruned tensors."""
+        return without_conversions_of(
+            weight_conversions, [*packed_tensors(self._manifest.layers), *self._manifest.shapes]
+        )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for _, layer in _packed_layers(model):

@@ -42,13 +42,14 @@ def module_to_file(model: nn.Module) -> Rename:
     return renamed
 
 
-def without_conversions_of(conversions: Iterable[Any], layers: Iterable[str]) -> list[Any]:
-    """The conversions between file and modules, without those that cut or join tensors of these layers.
+def without_conversions_of(conversions: Iterable[Any], tensors: Iterable[str]) -> list[Any]:
+    """The conversions between file and modules, without those that would change these tensors.
 
-    Some families save q, k and v as one tensor, and cut it when loading. Codes of different widths cannot be joined,
-    so packed layers are saved as they are. Renamings stay.
+    Some families save q, k and v as one tensor, or with the rows of each head in another order. Codes of different
+    widths cannot be joined, and rows cannot be sorted by numbers that the config has of the uncompressed model: what
+    is packed or pruned is saved as it is. Renamings stay.
     """
-    tensors = [f"{name}.{tensor}" for name in layers for tensor in ("weight", "bias")]
+    tensors = list(tensors)
 
     def reaches(conversion: Any) -> bool:
         if not isinstance(conversion, WeightConverter):
@@ -60,6 +61,19 @@ def without_conversions_of(conversions: Iterable[Any], layers: Iterable[str]) ->
         return any(reverse.rename_source_key(tensor)[1] is not None for tensor in tensors)
 
     return [conversion for conversion in conversions if not reaches(conversion)]
+
+
+def packed_tensors(layers: Iterable[str]) -> list[str]:
+    """The tensors of packed layers that a family's conversions may know."""
+    return [f"{name}.{tensor}" for name in layers for tensor in ("weight", "bias")]
+
+
+def save_as_they_are_(model: nn.Module, tensors: Iterable[str]) -> None:
+    """Let `save_pretrained` write these tensors of the model, packed or pruned, without conversions."""
+    conversions = saving_conversions(model)
+    kept = without_conversions_of(conversions, tensors)
+    if len(kept) < len(conversions):
+        model._weight_conversions = kept  # type: ignore[assignment]
 
 
 def _renamings(conversions: Iterable[Any]) -> list[Any]:

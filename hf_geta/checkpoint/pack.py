@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_geta.checkpoint.layers import PackedLayer, packed_class, replace_with_packed_
 from hf_geta.checkpoint.manifest import LayerManifest, Manifest, read_manifest, write_manifest_
-from hf_geta.checkpoint.names import saving_conversions, without_conversions_of
+from hf_geta.checkpoint.names import packed_tensors, save_as_they_are_
 from hf_geta.checkpoint.packing import highest_code, pack_codes
 from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
@@ -46,7 +46,7 @@ def pack_model_(model: PreTrainedModel) -> PreTrainedModel:
     tensors = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
     tensors -= {f"{name}.weight" for name in manifests}  # their shapes are in `layers`
     shapes = {tensor: shape for tensor, shape in pruned.shapes.items() if tensor in tensors}
-    _keep_out_of_conversions_(model, manifests)
+    save_as_they_are_(model, packed_tensors(manifests))
     write_manifest_(model, dataclasses.replace(pruned, shapes=shapes, layers=manifests))
     return model
 
@@ -121,11 +121,3 @@ def _fill_(packed: PackedLayer, layer: QuantizedLayer) -> None:
         step_size = quantizer.step_size * quantizer.channel_scale  # (out, 1, ...) or (1, out)
         packed.get_buffer("step_size").copy_(step_size.reshape(-1))
     packed._buffers["weight"] = pack_codes(quantizer.codes(layer.weight), packed.manifest.bits)
-
-
-def _keep_out_of_conversions_(model: PreTrainedModel, manifests: Mapping[str, LayerManifest]) -> None:
-    """Have `save_pretrained` write packed tensors one by one, also where a family joins q, k and v."""
-    conversions = saving_conversions(model)
-    kept = without_conversions_of(conversions, manifests)
-    if len(kept) < len(conversions):
-        model._weight_conversions = kept  # type: ignore[assignment]

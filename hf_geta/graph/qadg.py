@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_geta.checkpoint.manifest import read_manifest, write_manifest_
+from hf_geta.checkpoint.names import save_as_they_are_
 from hf_geta.checkpoint.prune import set_attributes_, slice_
 from hf_geta.graph.axes import AxisNode, find, is_frozen, leaves, reasons
 from hf_geta.graph.capture import capture, named_tensors
@@ -235,6 +236,7 @@ class QADG:
         }
         shapes, values = {**manifest.shapes, **changed}, {**manifest.attributes, **attributes}
         write_manifest_(small, replace(manifest, shapes=shapes, attributes=values))
+        save_as_they_are_(small, shapes)
 
 
 def build_qadg(model: nn.Module, inputs: Mapping[str, Any]) -> QADG:

@@ -79,10 +79,22 @@ class SearchSpace:
                 for leaf in leaves(part) if isinstance(part, AxisNode) else ():
                     if leaf not in owners:
                         freeze(leaf, Reason("no parameter has it"))
-        for batch, outer in self._walk.axes.outer:
-            if any(leaf in owners for leaf in leaves(batch)):
-                freeze(outer, Reason("an outer dimension of a product over heads: the size of a head"))
+        self._freeze_head_sizes()
         self._freeze_rivals(owners)
+
+    def _freeze_head_sizes(self) -> None:
+        """Freeze an outer dimension of a product of two activations where a parameter has it beside the batched one."""
+        beside: dict[AxisNode, set[AxisNode]] = {}
+        for one in {one for axis in self.dims.values() for one in _products(axis)}:
+            factors = [set(leaves(part)) for part in one.parts]
+            for number, factor in enumerate(factors):
+                for leaf in factor:
+                    beside.setdefault(leaf, set()).update(*factors[:number], *factors[number + 1 :])
+        for batch, outer in self._walk.axes.outer:
+            heads = set(leaves(batch))
+            for leaf in leaves(outer):
+                if heads & beside.get(leaf, set()):
+                    freeze(leaf, Reason("an outer dimension of a product over heads: the size of a head"))
 
     def _freeze_rivals(self, owners: Counter[AxisNode]) -> None:
         """In a product only one factor is pruned, or groups would overlap: the one in most tensors, else the outermost.
@@ -105,10 +117,8 @@ class SearchSpace:
         if BATCHED in noted:
             for axis in self._walk.axes.heads:
                 parts = [find(part) for part in find(axis).parts if find(axis).is_product]
-                shared = [
-                    part for part in parts if part is not leaf and any(found in self.slots for found in leaves(part))
-                ]
-                if leaf in parts and shared:
+                queries = [other for part in parts if part is not leaf for other in leaves(part)]
+                if leaf in parts and any(0 < self._entries(one) < self._entries(leaf) for one in queries):
                     return "kv_group"
             return "attention_head"
         if CONVOLVED in noted:
@@ -116,6 +126,10 @@ class SearchSpace:
         if LOOKED_UP in noted:
             return "embedding"
         return "expert_hidden" if STACKED in noted else "mlp"
+
+    def _entries(self, leaf: AxisNode) -> int:
+        """How many entries of all dimensions belong to some entry of a leaf: keys have heads, but not their queries."""
+        return sum(slot.indices.numel() for slot in self.slots.get(leaf, ()))
 
     def _names(self, kinds: dict[AxisNode, str]) -> dict[AxisNode, str]:
         """Unique names: the path that the modules of a leaf have in common if it is close, else the first module's."""

@@ -98,8 +98,10 @@ class Axes:
             result.append(self.unify(*matching) if matching else AxisNode(size))
         return TensorAxes.of(result)
 
-    def require(self, value: int | Expression, axis: AxisNode | Expression, reason: str = "") -> None:
-        """Say that an int of the forward is the size of `axis`, and has to stay so."""
+    def require(self, value: int | Expression | None, axis: AxisNode | Expression, reason: str = "") -> None:
+        """Say that an int of the forward is the size of `axis`, and has to stay so; None: known at run time only."""
+        if value is None:
+            return
         left = expression_of(value) if isinstance(value, int) else value
         if left != axis:
             self.equations.append(Equation(left, axis, reason, self.operator, self.module))

@@ -124,7 +124,9 @@ def transposed_convolution(
         (TensorAxes.of((group, rows, weight[1]), weight.parameter), ["group", "in", "out"]),
         ["group", "out"],
     )
-    return _convolved(axes, x, weight, bias, product((group, weight[1])), batch)
+    channels = product((group, weight[1]))
+    axes.note(channels, CONVOLVED)
+    return _convolved(axes, x, weight, bias, channels, batch)
 
 
 def _grouped(

@@ -9,7 +9,7 @@ import torch
 
 from hf_geta.graph.axes import concatenation
 from hf_geta.graph.integers import flat_integers
-from hf_geta.graph.rules.context import LOOKED_UP, Axes, TensorAxes
+from hf_geta.graph.rules.context import BATCHED, LOOKED_UP, Axes, TensorAxes
 from hf_geta.graph.rules.registry import rule
 from hf_geta.graph.rules.views import slice_
 
@@ -68,6 +68,16 @@ def gather(axes: Axes, x: TensorAxes, dim: int, index: TensorAxes, *source: Any)
         else:
             result.append(axes.unify(*group))
     return TensorAxes.of(result)
+
+
+@rule(aten.grid_sampler)
+def grid_sampler(axes: Axes, x: TensorAxes, grid: TensorAxes, *_: Any) -> TensorAxes:
+    """x (batch, channels, ...) at the places of grid (batch, ..., coordinates), as in deformable attention."""
+    axes.freeze((*x[2:], *grid[1:]), "sampled at computed places")
+    batch = axes.unify(x[0], grid[0])
+    axes.note(batch, BATCHED)
+    axes.heads.append(batch)
+    return TensorAxes.of((batch, x[1], *grid[1:-1]))
 
 
 @rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn, aten.scalar_tensor, aten.empty_strided)

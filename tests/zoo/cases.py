@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from tests.zoo.configs import tiny_config
@@ -58,7 +59,19 @@ def build(case: Case) -> torch.nn.Module:
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     config = tiny_config(case.model_type)
-    return getattr(transformers, case.model_class)(config).eval()
+    model_class = getattr(transformers, case.model_class)
+    return model_class(fitting(config, model_class)).eval()
+
+
+def fitting(config: PreTrainedConfig, model_class: type) -> PreTrainedConfig:
+    """The config, or that of its parts which the class is made for, as the auto classes choose it."""
+    waiting = [config]
+    while waiting:
+        part = waiting.pop(0)
+        if model_class.config_class is None or isinstance(part, model_class.config_class):
+            return part
+        waiting += [value for value in vars(part).values() if isinstance(value, PreTrainedConfig)]
+    return config
 
 
 def run_case(case: Case) -> Record:

@@ -24,6 +24,23 @@ HIDDEN_SIZES = (48, 32, 40, 64, 24, 80, 56, 72, 96)  # in order of appearance, a
 INNER_SIZES = (56, 40, 72, 44, 88, 60, 52, 76, 68)
 EXPERT_SIZES = (24, 20, 28, 36)
 HEAD_SIZE = 8
+MISSING = object()
+MROPE = (
+    "cosmos3_edge",
+    "ernie4_5_vl",
+    "glm4",
+    "glm_image",
+    "glm_ocr",
+    "glmga",
+    "paddleocr_vl",
+    "qwen2_5_omni",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_omni",
+    "qwen3_vl",
+    "qwen4_exp",
+)
 BASE_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"is_encoder_decoder"}
 
 IS_LAYERS = re.compile(r"(layers?|num_blocks|n_blocks|_depth|_blocks_per_group|num_stacks|per_block)$")
@@ -50,11 +67,11 @@ SMALL = {
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2,
     "n_group": 2, "topk_group": 1, "num_expert_group": 2, "n_shared_experts": 1, "num_shared_experts": 1,
     "num_queries": 7, "num_detection_tokens": 5, "two_stage_num_proposals": 7, "num_denoising": 3, "num_query_tokens": 5,
-    "q_lora_rank": 20, "kv_lora_rank": 12, "o_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
-    "v_head_dim": 10, "qk_head_dim": 10, "first_k_dense_replace": 1, "index_head_dim": 8, "index_n_heads": 2,
+    "q_lora_rank": 20, "kv_lora_rank": 12, "o_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 6,
+    "v_head_dim": 10, "qk_head_dim": 14, "first_k_dense_replace": 1, "index_head_dim": 8, "index_n_heads": 2,
     "index_topk": 8, "sliding_window": 6, "attention_window_size": 6, "attention_chunk_size": 6, "chunk_size": 4,
     "mamba_chunk_size": 4, "mamba_d_state": 6, "state_size": 6, "ssm_state_size": 6, "time_step_rank": 5,
-    "mamba_dt_rank": 5, "num_mel_bins": 16, "n_mel_bins": 16, "codebook_size": 20, "num_codebooks": 3, "codebook_dim": 12,
+    "mamba_dt_rank": 5, "num_mel_bins": 16, "n_mel_bins": 16, "codebook_size": 16, "num_codebooks": 3, "codebook_dim": 12,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "block_size": 4, "max_text_len": 32,
     "entity_vocab_size": 30, "num_conv_pos_embeddings": 6, "num_conv_pos_embedding_groups": 2, "max_window_layers": 1,
     "hidden_size_per_layer_input": 12, "num_kv_shared_layers": 0, "num_register_tokens": 2, "image_seq_length": 16,
@@ -69,8 +86,7 @@ SMALL = {
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     """A tiny config of a model type; `changes` are fields of it ("text_config__hidden_size" for nested ones)."""
     special = CONFIGS.get(model_type, {})
-    start = {name: value for name, value in special.get("start", {}).items()}
-    config = default_config(model_type, **start)
+    config = default_config(model_type, **special.get("start", {}))
     values = Shrinker(special).shrink(config)
     for path, value in {**special.get("set", {}), **changes}.items():
         *outer, name = path.split("__")
@@ -115,11 +131,40 @@ class Shrinker:
         nested_ids = {id(value) for value in nested.values()}
         given = {name: value for name, value in given.items() if id(value) not in nested_ids}
         self._note_hidden(config, given)
+        for name, value in given.items():
+            if is_widths(name, value) and name != "depths" and name not in self.keep and not IS_HEADS.search(name):
+                self._widths(value, config)
         layers, picked = pick_layers(config, given)
         for name, value in given.items():
             values[name] = self._value(name, value, config, layers, picked)
+        fields = {field.name for field in dataclasses.fields(config)}
+        if "head_dim" in fields and read(config, "head_dim") is None and "num_attention_heads" in fields:
+            values["head_dim"] = HEAD_SIZE
         values.update(picked_lists(config, layers, picked))
+        values.pop("_out_features", None)
+        if (out := values.pop("_out_indices", None)) is not None:
+            values["out_indices"] = (
+                list(range(len(picked) + 1 - len(out), len(picked) + 1)) if layers > 2 else list(out)
+            )
+        if layers > 2 and "backbone_out_indices" in values:
+            values["backbone_out_indices"] = list(range(len(picked)))[-len(given["backbone_out_indices"]) :]
+        self._agree(values)
+        if config.model_type.startswith(MROPE) and "rope_parameters" in {
+            field.name for field in dataclasses.fields(config)
+        }:
+            self._add_sections(values, config)
         return {name: value for name, value in values.items() if name not in BASE_FIELDS}
+
+    def _agree(self, values: dict[str, Any]) -> None:
+        """A vision tower that projects itself ends at the text's width."""
+        text, vision = values.get("text_config"), values.get("vision_config")
+        if (
+            isinstance(text, dict)
+            and isinstance(vision, dict)
+            and "hidden_size" in text
+            and "out_hidden_size" in vision
+        ):
+            vision["out_hidden_size"] = text["hidden_size"]
 
     def _note_hidden(self, config: PreTrainedConfig, given: Mapping[str, Any]) -> None:
         head_lists = [
@@ -213,14 +258,15 @@ class Shrinker:
             if multiple:
                 return multiple * self.widths[value // multiple]
             self.widths[value] = 16 if value < 256 else max(16, 8 * round(value / 128))
-        return min(self.widths[value], 96)
+        return self.widths[value]
 
     def _hidden(self, config: PreTrainedConfig) -> tuple[int, int] | None:
         values = explicit_values(config)
-        for name in HIDDEN:
-            if type(value := values.get(name)) is int and value in self.widths:
-                return value, self.widths[value]
-        return None
+        found = [value for name in HIDDEN if type(value := values.get(name)) is int and value in self.widths]
+        heads = next((one for name in HEADS if type(one := read(config, name)) is int), None)
+        if heads and len(found) > 1:  # of several widths, the one that heads of a usual size make up
+            found.sort(key=lambda width: (width % heads != 0, not 32 <= width / heads <= 128))
+        return (found[0], self.widths[found[0]]) if found else None
 
     def _heads(self, value: int, config: PreTrainedConfig) -> int:
         hidden = self._hidden(config)
@@ -230,7 +276,7 @@ class Shrinker:
         return most if value >= most else max(heads for heads in range(1, value + 1) if most % heads == 0)
 
     def _key_value_heads(self, value: int, config: PreTrainedConfig) -> int:
-        original = next((v for name in HEADS if type(v := getattr(config, name, None)) is int), value)
+        original = next((v for name in HEADS if type(v := read(config, name)) is int), value)
         heads = self._heads(original, config)
         if value == original or value == 1:
             return heads if value == original else 1
@@ -238,12 +284,12 @@ class Shrinker:
 
     def _head_size(self, value: int, config: PreTrainedConfig) -> int:
         hidden = self._hidden(config)
-        heads = next((v for name in HEADS if type(v := getattr(config, name, None)) is int), None)
+        heads = next((v for name in HEADS if type(v := read(config, name)) is int), None)
         is_quotient = hidden is None or heads is None or heads * value == hidden[0]
         return HEAD_SIZE if is_quotient else 2 * HEAD_SIZE
 
     def _image_size(self, value: int, config: PreTrainedConfig) -> int:
-        patch = getattr(config, "patch_size", None)
+        patch = read(config, "patch_size")
         if isinstance(patch, int):
             return 32 if patch > 4 else 64 if value >= 64 else value
         return min(value, 64)
@@ -265,26 +311,42 @@ class Shrinker:
         if re.search(r"(indices|_ind|indexes|_layers|_idxs|_ids|layer_ids|attention_blocks)$", name) or KEPT.search(
             name
         ):
-            return [one for one in value]
+            return self._indices(name, value, layers, picked)
         if IS_HEADS.search(name):
             return value
         if IS_WIDTH.search(name) or name in HIDDEN:
             return self._widths(value, config)
         return value
 
+    def _indices(self, name: str, value: Sequence[int], layers: int, picked: list[int]) -> list[int]:
+        """Numbers of layers, in proportion to how many layers are left."""
+        if KEPT.search(name) or layers <= 2 or not picked or min(value) < 0 or max(value) > layers:
+            return list(value)
+        return sorted({min(len(picked) - 1, one * len(picked) // layers) for one in value})
+
     def _widths(self, value: Sequence[int], config: PreTrainedConfig) -> list[int]:
-        """Widths of stages: in proportion, with the first stage small."""
-        if all(one in self.widths for one in value):
-            return [self.widths[one] for one in value]
-        heads = next((h for n in HEADS if isinstance(h := getattr(config, n, None), (list, tuple))), None)
-        least = HEAD_SIZE * heads[0] if heads else 16
-        positive = [one for one in value if one > 3]
-        tiny = [max(8, 8 * round(one * least / min(positive) / 8)) if one > 3 else one for one in value]
-        if not heads:
-            tiny = [min(one, 64) for one in tiny]
-        for one, size in zip(value, tiny, strict=True):
-            self.widths.setdefault(one, size)
-        return tiny
+        """Widths of stages: in proportion where they have heads, else each on its own."""
+        heads = next((h for n in HEADS if isinstance(h := read(config, n), (list, tuple))), None)
+        positive = [one for one in value if one > 8]
+        if heads and isinstance(heads[0], int) and positive:
+            tiny = [max(8, one * HEAD_SIZE * heads[0] // min(positive)) if one > 8 else one for one in value]
+            for one, size in zip(value, tiny):
+                self.widths.setdefault(one, size)
+            return tiny
+        return [one if one <= 8 else self.widths.setdefault(one, 8 * max(1, round(one / 48))) for one in value]
+
+    def _add_sections(self, values: dict[str, Any], config: PreTrainedConfig) -> None:
+        """Rotary sections of time, height and width, which the code would else take from its published sizes."""
+        rope = values.get("rope_parameters") or {"rope_type": "default", "rope_theta": 10000.0}
+        if any(isinstance(value, dict) for value in rope.values()):
+            return
+        share = rope.get(
+            "partial_rotary_factor", values.get("partial_rotary_factor") or read(config, "partial_rotary_factor") or 1.0
+        )
+        if share < 1:
+            values["head_dim"] = 2 * HEAD_SIZE
+            rope["partial_rotary_factor"] = 0.5
+        values["rope_parameters"] = {**rope, "mrope_section": [2, 1, 1]}
 
     def _rope(self, value: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
         rope = {name: self._rope(one, config) if isinstance(one, dict) else one for name, one in value.items()}
@@ -297,6 +359,11 @@ class Shrinker:
         return rope
 
 
+def read(config: PreTrainedConfig, name: str, default: Any = None) -> Any:
+    """A field of a config, and the common one where layers have their own."""
+    return config._getattr_without_heterogeneous_validation(name, default)
+
+
 def pooled(known: dict[int, int], value: int, sizes: Sequence[int]) -> int:
     if value <= 16:
         return value
@@ -305,21 +372,28 @@ def pooled(known: dict[int, int], value: int, sizes: Sequence[int]) -> int:
 
 def explicit_values(config: PreTrainedConfig) -> dict[str, Any]:
     """What to say to the constructor; not what it derives from the rest."""
-    default = type(config)()
+    try:
+        default = type(config)()
+    except ValueError:  # a class without valid defaults
+        default = config
     values = {}
     for field in dataclasses.fields(config):
-        if field.name in BASE_FIELDS or not field.init or not hasattr(config, field.name):
+        if field.name in BASE_FIELDS or not field.init:
             continue
-        value = getattr(config, field.name)
-        derived = field.default is None and not isinstance(value, PreTrainedConfig)
-        if (
-            derived
-            and _plain(value) == _plain(getattr(default, field.name, None))
-            and not field.name.startswith("rope")
-        ):
+        value = read(config, field.name, MISSING)
+        if value is MISSING:
+            continue
+        derived = field.default is None and not isinstance(value, PreTrainedConfig) and not is_widths(field.name, value)
+        if derived and _plain(value) == _plain(read(default, field.name)) and not field.name.startswith("rope"):
             continue
         values[field.name] = value
     return values
+
+
+def is_widths(name: str, value: Any) -> bool:
+    """Whether a list holds widths or depths, one per stage."""
+    is_list = isinstance(value, (list, tuple)) and len(value) > 1 and all(type(one) is int for one in value)
+    return is_list and bool(IS_WIDTH.search(name) or name in (*HIDDEN, "depths")) and not KEPT.search(name)
 
 
 def _plain(value: Any) -> Any:
@@ -328,7 +402,7 @@ def _plain(value: Any) -> Any:
 
 def len_of_layers(config: PreTrainedConfig) -> int:
     for name in LAYERS:
-        if type(value := getattr(config, name, None)) is int:
+        if type(value := read(config, name)) is int:
             return value
     return -1
 
@@ -360,7 +434,7 @@ def picked_lists(config: PreTrainedConfig, layers: int, picked: list[int]) -> di
     fields = {field.name for field in dataclasses.fields(config)}
     found = {}
     for name in names:
-        value = getattr(config, name, None)
+        value = read(config, name)
         if name in fields and isinstance(value, (list, tuple)) and len(value) == layers:
             found[name] = [value[index] for index in picked]
     return found

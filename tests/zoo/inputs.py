@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -19,27 +20,61 @@ AUDIO_TOKENS = ("audio_token_id", "audio_token_index")
 VIDEO_TYPES = ("pixel_values_videos", "num_frames", "tubelet_size")
 
 
+# How inputs may be laid out; those that a model does not take fail in its forward.
+LAYOUTS = (
+    {},
+    {"image_dims": 5},
+    {"bins_first": True},
+    {"wave_dims": 3},
+    {"series_dims": 2},
+    {"image_dims": 5, "frames_first": True},
+    {"long": False, "bins_first": True},
+    {"text_only": True},
+)
+
+
 def make_inputs(model: nn.Module, seed: int = 0) -> dict[str, Any]:
-    """Keyword arguments for the forward of `model`: two samples, nothing padded."""
+    """Keyword arguments for the forward of `model`: two samples, nothing padded; the first layout that it takes."""
+    failures = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        maker = Maker(model)
-        special = next((SPECIAL[key] for key in maker.keys() if key in SPECIAL), None)
-        inputs = special(maker) if special else maker.generic()
-    return {name: value for name, value in inputs.items() if name in maker.arguments or maker.open_ended}
+        for layout in LAYOUTS:
+            torch.manual_seed(seed)
+            maker = Maker(model, layout)
+            try:
+                inputs = maker.make()
+                model(**copy.deepcopy(inputs))
+            except Exception as error:
+                failures.append(error)
+                if not maker.asked & set().union(*LAYOUTS):
+                    break
+                continue
+            return inputs
+    raise failures[0]
 
 
 class Maker:
     """Makes inputs for one model: methods by kind of input, each returns a dict of arguments."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layout: dict[str, Any] | None = None) -> None:
+        self._layout = layout or {}
+        self.asked: set[str] = set()
         self.model = model
         self.config: Any = model.config
         parameters = inspect.signature(model.forward).parameters
         self.arguments = set(parameters)
         self.required = {name for name, one in parameters.items() if one.default is one.empty and one.kind < 2}
-        self.open_ended = not {"input_ids", "pixel_values"} & self.arguments
+        self.open_ended = self.arguments <= {"args", "kwargs", "input"}
         self.batch = BATCH
+
+    def make(self) -> dict[str, Any]:
+        """Arguments of the forward."""
+        special = next((SPECIAL[key] for key in self.keys() if key in SPECIAL), None)
+        inputs = special(self) if special else self.generic()
+        return {name: value for name, value in inputs.items() if name in self.arguments or self.open_ended}
+
+    def layout(self, name: str, default: Any = None) -> Any:
+        self.asked.add(name)
+        return self._layout.get(name, default)
 
     def keys(self) -> tuple[str, ...]:
         """What special inputs may be named by: the class, or the model type."""
@@ -76,7 +111,9 @@ class Maker:
 
     def generic(self) -> dict[str, Any]:
         given, inputs = self.arguments, {}
-        if "pixel_values" in given or "flattened_patches" in given:
+        if "input_ids" in given and len(given & SENSES) and self.layout("text_only"):
+            given = given - SENSES - {"image_grid_thw", "grid_thw", "mm_token_type_ids"}
+        if {"pixel_values", "pixel_values_videos", "grid_thw"} & given or "flattened_patches" in given:
             inputs |= self.images()
         if "input_features" in given:
             inputs |= self.features()
@@ -90,8 +127,10 @@ class Maker:
             inputs["decoder_input_ids"] = self.tokens(length=TARGETS, side="decoder")
         if "bbox" in given:
             inputs["bbox"] = self.boxes()
-        if "hidden_states" in self.required:
+        if "hidden_states" in self.required and "hidden_states" not in inputs:
             inputs |= self.states()
+        if "image_grid_thw" in given and "input_ids" in given:
+            inputs.pop("hidden_states", None)
         for name, make in FILLERS.items():
             if name in given and name not in inputs and (name in self.required or name in WANTED):
                 inputs[name] = make(self)
@@ -117,7 +156,12 @@ class Maker:
             ids = self.with_placeholders(ids, inputs, "image", token)
         if "input_features" in inputs and (token := self.find(*AUDIO_TOKENS)) is not None:
             ids = self.with_placeholders(ids, inputs, "audio", token)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": self.token_types(ids)}
+
+    def token_types(self, ids: Tensor) -> Tensor:
+        """1 where a token stands for a part of an image."""
+        token = self.find(*IMAGE_TOKENS)
+        return (ids == token).long() if isinstance(token, int) else torch.zeros_like(ids)
 
     def with_placeholders(self, ids: Tensor, inputs: dict[str, Any], what: str, token: int) -> Tensor:
         """Token ids with a run of placeholders for the features that the model makes of the inputs."""
@@ -125,10 +169,9 @@ class Maker:
         if count == 0:
             return ids
         row = torch.full((self.batch, count // self.batch), token)
-        start, end = self.find(f"{what}_start_token_id", "vision_start_token_id", f"{what}_bos_token_id"), None
+        start = self.find(f"{what}_start_token_id", "vision_start_token_id", f"{what}_bos_token_id")
         if isinstance(start, int) and what == "image":
             row = torch.cat([torch.full((self.batch, 1), start), row], 1)
-        del end
         return torch.cat([ids[:, :3], row, ids[:, 3:]], 1)
 
     def count_features(self, inputs: dict[str, Any], what: str) -> int:
@@ -148,22 +191,25 @@ class Maker:
     def images(self) -> dict[str, Any]:
         height, width = self.image_size()
         shape: tuple[int, ...] = (self.batch, self.channels(), height, width)
+        if self.layout("image_dims", 4) == 5:
+            count = (
+                self.find("num_frames", "frames_per_clip", default=2)
+                if "pixel_values_videos" in self.arguments or self.layout("frames_first")
+                else 2
+            )
+            shape = (self.batch, count, *shape[1:])
         if "image_grid_thw" in self.arguments or "grid_thw" in self.arguments:
             return self.patch_grid()
-        if self.is_video():
-            frames = self.find("num_frames", "frames_per_clip", default=4)
-            shape = (self.batch, frames, *shape[1:])
         inputs: dict[str, Any] = {}
         if "pixel_values_videos" in self.arguments and "pixel_values" not in self.arguments:
             inputs["pixel_values_videos"] = torch.randn(shape)
             return inputs
         inputs["pixel_values"] = torch.randn(shape)
+        if "pixel_values" in self.arguments and "aspect_ratio_ids" in self.arguments:
+            inputs["aspect_ratio_ids"] = torch.ones(self.batch, shape[1], dtype=torch.long)
         if "image_sizes" in self.arguments:
             inputs["image_sizes"] = torch.tensor([[height, width]] * self.batch)
         return inputs
-
-    def is_video(self) -> bool:
-        return self.find("model_type") in ("videomae", "timesformer", "vivit", "vjepa2", "xclip", "tvp")
 
     def image_size(self) -> tuple[int, int]:
         vision = self.part("vision", "image", "backbone", "visual")
@@ -188,7 +234,7 @@ class Maker:
         merge = getattr(vision, "spatial_merge_size", None) or self.find("spatial_merge_size", "merge_size", default=2)
         grid = torch.tensor([[1, 2 * merge, 2 * merge]] * self.batch)
         patches = torch.randn(int(grid.prod(1).sum()), self.channels() * time * patch * patch)
-        return {"pixel_values": patches, "image_grid_thw": grid, "grid_thw": grid}
+        return {"pixel_values": patches, "hidden_states": patches, "image_grid_thw": grid, "grid_thw": grid}
 
     def features(self) -> dict[str, Any]:
         audio = self.part("audio", "encoder", "speech")
@@ -197,17 +243,18 @@ class Maker:
             (v for one in (audio, self.config) for n in names if isinstance(v := getattr(one, n, None), int)), None
         )
         bins = bins or self.find(*names, default=16)
-        features = torch.randn(self.batch, AUDIO_FRAMES, bins)
-        if self.find("model_type") in ("whisper", "qwen2_audio", "voxtral", "audioflamingo3", "glmasr") or hasattr(
-            audio, "max_source_positions"
-        ):
-            length = getattr(audio, "max_source_positions", None) or AUDIO_FRAMES // 2
-            if "whisper" in type(self.model).__name__.lower() or self.find("max_source_positions"):
-                features = torch.randn(self.batch, bins, 2 * length)
+        frames = AUDIO_FRAMES
+        if (
+            positions := getattr(audio, "max_source_positions", None) or self.find("max_source_positions")
+        ) and self.layout("long", True):
+            frames = 2 * positions
+        bins_first = self.layout("bins_first", False)
+        features = torch.randn(self.batch, bins, frames) if bins_first else torch.randn(self.batch, frames, bins)
         inputs: dict[str, Any] = {"input_features": features}
-        time = 2 if features.shape[1] == bins else 1
+        time = 2 if bins_first else 1
         mask = torch.ones(self.batch, features.shape[time], dtype=torch.long)
-        for name in ("input_features_mask", "feature_attention_mask"):
+        mask = mask.bool() if "granite" in self.find("model_type") else mask
+        for name in ("input_features_mask", "feature_attention_mask", "padding_mask"):
             if name in self.arguments:
                 inputs[name] = mask
         if "attention_mask" in self.arguments and "input_ids" not in self.arguments and time == 1:
@@ -215,10 +262,13 @@ class Maker:
         return inputs
 
     def waves(self) -> dict[str, Any]:
-        return {"input_values": torch.randn(self.batch, SAMPLES)}
+        shape = (self.batch, SAMPLES) if self.layout("wave_dims", 2) == 2 else (self.batch, 1, SAMPLES)
+        return {"input_values": torch.randn(shape)}
 
     def series(self) -> dict[str, Any]:
         length = self.find("context_length", default=32)
+        if self.layout("series_dims", 3) == 2:
+            return {"past_values": torch.randn(self.batch, length)}
         return {
             "past_values": torch.randn(self.batch, length, self.find("num_input_channels", "input_size", default=1))
         }
@@ -231,6 +281,7 @@ class Maker:
         return {"hidden_states": torch.randn(self.batch, LENGTH, self.find("hidden_size", "d_model"))}
 
 
+SENSES = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
 FILLERS: dict[str, Callable[[Maker], Any]] = {
     "langs": lambda maker: torch.zeros(maker.batch, LENGTH, dtype=torch.long),
     "pixel_mask": lambda maker: torch.ones(maker.batch, *maker.image_size(), dtype=torch.long),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import tempfile
 import time
@@ -66,9 +67,9 @@ def randomize_(model: nn.Module, seed: int = 0) -> None:
             parameter.add_(0.1 * noise)
         elif id(parameter) in embeddings:
             parameter.copy_(0.5 * noise)
-        elif parameter.ndim > 1:
-            fan_in = parameter[0].numel()
-            parameter.copy_(noise * min(0.5, 1.2 * fan_in**-0.5))
+        elif sum(size > 1 for size in parameter.shape) > 1:
+            fan_in = math.prod(parameter.shape[1:])
+            parameter.copy_(noise * min(0.5, 1.2 * max(1, fan_in) ** -0.5))
         elif "bias" in word:
             parameter.copy_(0.3 * noise)
         else:

@@ -87,7 +87,7 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     """A tiny config of a model type; `changes` are fields of it ("text_config__hidden_size" for nested ones)."""
     special = CONFIGS.get(model_type, {})
     config = default_config(model_type, **special.get("start", {}))
-    values = Shrinker(special).shrink(config)
+    values = explicit_values(config) if special.get("whole") else Shrinker(special).shrink(config)
     for path, value in {**special.get("set", {}), **changes}.items():
         *outer, name = path.split("__")
         owner = values
@@ -142,11 +142,12 @@ class Shrinker:
             values["head_dim"] = HEAD_SIZE
         values.update(picked_lists(config, layers, picked))
         values.pop("_out_features", None)
-        if (out := values.pop("_out_indices", None)) is not None:
-            values["out_indices"] = (
-                list(range(len(picked) + 1 - len(out), len(picked) + 1)) if layers > 2 else list(out)
-            )
-        if layers > 2 and "backbone_out_indices" in values:
+        values.pop("_out_indices", None)
+        if (out := given.get("_out_indices")) is not None:
+            count = min(len(out), len(picked))
+            by_layer = layers > 2 and count > 0
+            values["out_indices"] = list(range(len(picked) + 1 - count, len(picked) + 1)) if by_layer else list(out)
+        if layers > 2 and values.get("backbone_out_indices"):
             values["backbone_out_indices"] = list(range(len(picked)))[-len(given["backbone_out_indices"]) :]
         self._agree(values)
         if config.model_type.startswith(MROPE) and "rope_parameters" in {
@@ -203,6 +204,8 @@ class Shrinker:
     def _int(self, name: str, value: int, config: PreTrainedConfig, picked: list[int]) -> int:
         if name in LAYERS and picked and value == len_of_layers(config):
             return len(picked)
+        if name == "window_size" and hasattr(config, "spatial_merge_size"):  # in pixels
+            return 16 * config.spatial_merge_size
         if name in SMALL:
             return min(value, SMALL[name])
         if re.search(r"vocab_?size|n_vocab|src_vocab|tgt_vocab|num_embeddings", name) and value > 100:
@@ -346,7 +349,8 @@ class Shrinker:
         if share < 1:
             values["head_dim"] = 2 * HEAD_SIZE
             rope["partial_rotary_factor"] = 0.5
-        values["rope_parameters"] = {**rope, "mrope_section": [2, 1, 1]}
+        pairs = int(values.get("head_dim", HEAD_SIZE) * min(share, rope.get("partial_rotary_factor", 1.0))) // 2
+        values["rope_parameters"] = {**rope, "mrope_section": [pairs - 2 * (pairs // 4), pairs // 4, pairs // 4]}
 
     def _rope(self, value: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
         rope = {name: self._rope(one, config) if isinstance(one, dict) else one for name, one in value.items()}

@@ -176,7 +176,7 @@ class Maker:
 
     def count_features(self, inputs: dict[str, Any], what: str) -> int:
         """How many feature vectors the model makes of images or sounds, by asking it."""
-        for owner in (self.model, getattr(self.model, "model", None)):
+        for owner in (getattr(self.model, "model", None), self.model):
             get = getattr(owner, f"get_{what}_features", None)
             if get is None:
                 continue
@@ -253,7 +253,7 @@ class Maker:
         inputs: dict[str, Any] = {"input_features": features}
         time = 2 if bins_first else 1
         mask = torch.ones(self.batch, features.shape[time], dtype=torch.long)
-        mask = mask.bool() if "granite" in self.find("model_type") else mask
+        mask = mask.bool() if "granite" in self.config.model_type else mask
         for name in ("input_features_mask", "feature_attention_mask", "padding_mask"):
             if name in self.arguments:
                 inputs[name] = mask

@@ -76,8 +76,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"set": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 4}},
     "hunyuan_v1_dense": {"set": HUNYUAN},
     "hunyuan_v1_moe": {"set": {**HUNYUAN, "num_experts": 4, "moe_topk": 2}},
-    "hunyuan_vl_text": {"set": HUNYUAN},
-    "hunyuan_vl": {"set": {"text_config__head_dim": 8}},
     "ministral": {"set": {"head_dim": 8}},
     "nemotron": {"set": {"num_key_value_heads": 2, "head_dim": 8}},
     "lw_detr_vit": {"set": {"image_size": 64, "num_windows": 4, "patch_size": 8, "pretrain_image_size": 64}},
@@ -176,11 +174,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "aria": {"set": {"projector_patch_to_query_dict": {16: 4}}},
     "bit": {"set": {"num_groups": 4, "embedding_size": 8, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}},
     "efficientnet": {
-        "start": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 80},
+        "start": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320},
         "keep": ["hidden_dim", "in_channels", "out_channels"],
     },
     "align_vision_model": {
-        "start": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 80},
+        "start": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320},
         "keep": ["hidden_dim", "in_channels", "out_channels"],
     },
     "mobilenet_v1": {"set": {"depth_multiplier": 0.1}},
@@ -194,10 +192,107 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "blip-2": {"set": {"image_token_id": 5}},
     "instructblip": {"set": {"image_token_id": 5}},
     "instructblipvideo": {"set": {"video_token_id": 5}},
+    "chmv2": {"set": {"backbone_config__return_class_token": True}},
+    "dbrx": {"set": {"attn_config__rope_theta": 10000.0, "attn_config__clip_qkv": 8.0}},
+    "depth_pro": {
+        "set": {
+            "patch_size": 16,
+            "intermediate_hook_ids": [1, 0],
+            **{
+                f"{part}_model_config__{name}": value
+                for part in ("image", "patch", "fov")
+                for name, value in {
+                    "image_size": 16,
+                    "patch_size": 4,
+                    "hidden_size": 48,
+                    "num_attention_heads": 6,
+                }.items()
+            },
+        }
+    },
+    "ernie4_5_vl_moe": {"set": {"text_config__rope_parameters": {**SECTIONS, "mrope_section": [1, 1, 2]}}},
+    "ernie4_5_vl_moe_text": {"set": {"rope_parameters": {**SECTIONS, "mrope_section": [1, 1, 2]}}},
+    "layoutlmv3": {"set": {"coordinate_size": 8, "shape_size": 8}},
+    "longcat_flash": {"set": {"head_dim": 8}},
+    "levit": {
+        "keep": ["patch_size"],
+        "set": {
+            "image_size": 32,
+            "hidden_sizes": [16, 24],
+            "num_attention_heads": [2, 3],
+            "depths": [1, 1],
+            "key_dim": [8, 8],
+            "down_ops": [["Subsample", 8, 2, 2, 2, 2], [""]],
+            "attention_ratio": [2, 2],
+            "mlp_ratio": [2, 2],
+        },
+    },
+    "mobilebert": {"set": {"num_attention_heads": 4, "embedding_size": 12, "intra_bottleneck_size": 16}},
+    "mpnet": {"keep": ["relative_attention_num_buckets"]},
+    "pp_doclayout_v2": {"set": {"class_thresholds": [0.5, 0.5], "class_order": [0, 1]}},
+    "sam": {"set": {"vision_config__num_pos_feats": 8}},
+    "sam_hq": {"set": {"vision_config__num_pos_feats": 8}},
+    **{
+        name: {
+            "set": {
+                "vision_config__backbone_channel_list": [128, 64, 32, 16],
+                "vision_config__backbone_config__embed_dim_per_stage": [16, 32, 64, 128],
+                "vision_config__backbone_config__num_attention_heads_per_stage": [2, 4, 8, 16],
+                "vision_config__backbone_config__hidden_size": 16,
+                "vision_config__backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+            }
+        }
+        for name in ("sam2", "sam2_video", "edgetam_video")
+    },
+    "sam2_hiera_det_model": {
+        "set": {
+            "embed_dim_per_stage": [16, 32, 64, 128],
+            "hidden_size": 16,
+            "num_attention_heads_per_stage": [2, 4, 8, 16],
+        }
+    },
+    "sam2_vision_model": {
+        "set": {
+            "backbone_channel_list": [128, 64, 32, 16],
+            "backbone_config__embed_dim_per_stage": [16, 32, 64, 128],
+            "backbone_config__num_attention_heads_per_stage": [2, 4, 8, 16],
+            "backbone_config__hidden_size": 16,
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        }
+    },
+    **{
+        name: {"set": {"vision_config__backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}}
+        for name in ("sam3_tracker", "sam3_tracker_video")
+    },
+    "shieldgemma2": {"set": {"yes_token_index": 50, "no_token_index": 51}},
+    "step3p7": {"set": {"text_config__sliding_window": 6}},
+    "superpoint": {"keep": ["keypoint_decoder_dim"]},
+    "superglue": {"keep": ["keypoint_decoder_dim"]},
+    "lightglue": {"keep": ["keypoint_decoder_dim"]},
+    "hunyuan_vl": {"set": {"text_config__head_dim": 8, "text_config__rope_parameters": SECTIONS}},
+    "hunyuan_vl_text": {"set": {"head_dim": 8, "rope_parameters": SECTIONS}},
+    "xlstm": {"keep": ["chunk_size"]},
+    "udop": {"keep": ["relative_attention_num_buckets", "max_2d_position_embeddings"]},
+    **{
+        name: {"whole": True}
+        for name in (
+            "pp_lcnet",
+            "pp_lcnet_v3",
+            "pp_lcnet_v4",
+            "pp_ocrv5_mobile_det",
+            "pp_ocrv5_mobile_rec",
+            "pp_ocrv6_small_det",
+            "pp_ocrv6_small_rec",
+            "pp_ocrv6_tiny_rec",
+            "slanet",
+            "uvdoc",
+            "uvdoc_backbone",
+        )
+    },
     "fuyu": {"set": {"patch_size": 8, "text_config__hidden_size": 48}},
     "clap": {"set": {"audio_config__spec_size": 32, "audio_config__num_mel_bins": 8, "audio_config__window_size": 4}},
     "clap_audio_model": {"set": {"spec_size": 32, "num_mel_bins": 8, "window_size": 4}},
-    "clvp": {"set": {"text_config__projection_dim": 48, "speech_config__projection_dim": 48}},
+    "clvp": {"set": {"text_config__use_rotary_embedding": False, "speech_config__use_rotary_embedding": False}},
     "dots1": {
         "set": {
             "n_routed_experts": 4,
@@ -227,7 +322,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "diffusion_gemma_text": {"set": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}},
     "fun_asr_nano": {"set": {"adaptor_config__intermediate_size": 12}},
-    "granite4_vision": {"set": {"deepstack_layer_map": [[0, 0], [-1, 1]]}},
+    "granite4_vision": {
+        "set": {
+            "downsample_rate": "1/2",
+            "deepstack_layer_map": [[0, 0], [-1, 1]],
+            "vision_config__hidden_size": 64,
+            "vision_config__num_attention_heads": 4,
+        }
+    },
     "gemma4_assistant": {
         "start": {
             "text_config": {

@@ -181,30 +181,12 @@ def flattened(maker: Any) -> dict[str, Any]:
     return inputs
 
 
-def features_only(maker: Any) -> dict[str, Any]:
-    return {**maker.features(), "decoder_input_ids": maker.tokens(7)}
-
-
-def images_only(maker: Any) -> dict[str, Any]:
-    return maker.images()
-
-
 def flava(maker: Any) -> dict[str, Any]:
     inputs = maker.generic()
     if "codebook_pixel_values" in maker.arguments:
         inputs["codebook_pixel_values"] = torch.rand(maker.batch, 3, 32, 32)
         inputs["input_ids_masked"] = inputs["input_ids"].clone()
         inputs["bool_masked_pos"] = torch.zeros(maker.batch, 4, 4, dtype=torch.long)
-    return inputs
-
-
-def states_of_robot(maker: Any) -> dict[str, Any]:
-    inputs = maker.generic()
-    config = maker.config
-    inputs["state"] = torch.randn(maker.batch, config.max_state_dim)
-    inputs["noise"] = torch.randn(maker.batch, config.chunk_size, config.max_action_dim)
-    inputs["actions"] = torch.randn(maker.batch, config.chunk_size, config.max_action_dim)
-    inputs["timestep"] = torch.rand(maker.batch)
     return inputs
 
 
@@ -252,6 +234,74 @@ def noise_of_waves(maker: Any) -> dict[str, Any]:
     return {"input_values": torch.randn(maker.batch, 1, 1600)}
 
 
+def dia(maker: Any) -> dict[str, Any]:
+    inputs, config = maker.text({}), maker.config.decoder_config
+    return {**inputs, "decoder_input_ids": torch.randint(0, 20, (maker.batch, 6, config.num_channels))}
+
+
+def vision_positions(maker: Any) -> dict[str, Any]:
+    """Flattened patches of images and where they are."""
+    config = maker.part("vision")
+    side = 2 * config.pooling_kernel_size
+    grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), -1).reshape(1, -1, 2)
+    positions = grid.repeat(maker.batch, 1, 1)
+    return {
+        "pixel_values": torch.rand(maker.batch, side * side, 3 * config.patch_size**2),
+        "pixel_position_ids": positions,
+        "image_position_ids": positions,
+    }
+
+
+def stacked_frames(maker: Any) -> dict[str, Any]:
+    config = maker.config
+    return {"input_features": torch.randn(maker.batch, 24, config.num_mel_bins * config.num_stacked_frames)}
+
+
+def robot_views(maker: Any) -> dict[str, Any]:
+    height, width = maker.image_size()
+    inputs = {
+        "pixel_values": torch.randn(maker.batch, 2, 3, height, width),
+        "pixel_attention_mask": torch.ones(maker.batch, 2, dtype=torch.bool),
+    }
+    inputs |= maker.text({})
+    config = maker.config
+    inputs["state"] = torch.randn(maker.batch, config.max_state_dim)
+    for name in ("noise", "actions"):
+        inputs[name] = torch.randn(maker.batch, config.chunk_size, config.max_action_dim)
+    inputs["timestep"] = torch.rand(maker.batch)
+    return inputs
+
+
+def packed_images(maker: Any) -> dict[str, Any]:
+    """Patches of one image beside each other, and how they lie."""
+    config = maker.part("vision")
+    side, patch = 4, config.patch_size
+    return {
+        "pixel_values": torch.randn(maker.batch, 3, patch, side * side * patch),
+        "target_sizes": torch.tensor([[side, side]] * maker.batch),
+    }
+
+
+def patch_images(maker: Any) -> dict[str, Any]:
+    inputs = maker.patch_grid()
+    patch = maker.part("vision").patch_size
+    inputs["pixel_values"] = inputs["pixel_values"].view(-1, 3, patch, patch)
+    if "input_ids" in maker.arguments:
+        inputs |= maker.text(inputs)
+    return inputs
+
+
+def piano(maker: Any) -> dict[str, Any]:
+    return {
+        "input_features": torch.randn(maker.batch, 12, maker.config.d_model),
+        "decoder_input_ids": maker.tokens(7),
+    }
+
+
+def waves_and_targets(maker: Any) -> dict[str, Any]:
+    return {**maker.waves(), "decoder_input_ids": maker.tokens(7)}
+
+
 def latents(maker: Any) -> dict[str, Any]:
     width = maker.find("hidden_size", "latent_dim")
     return {"latents": torch.randn(maker.batch, width, 9)}
@@ -265,6 +315,16 @@ def matching_task(maker: Any) -> dict[str, Any]:
 
 
 SPECIAL: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "dia": dia,
+    "minicpm_ocr_vision": packed_images,
+    "minicpmv4_7_vision": packed_images,
+    "kimi_k25_vision": patch_images,
+    "kimi_k25": patch_images,
+    "paddleocr_vl": patch_images,
+    "SpeechEncoderDecoderModel": waves_and_targets,
+    "gemma4_vision": vision_positions,
+    "depth_pro": lambda maker: {"pixel_values": torch.randn(maker.batch, 3, 64, 64)},
+    "fun_asr_nano_encoder": stacked_frames,
     "autoformer": time_series,
     "informer": time_series,
     "time_series_transformer": time_series,
@@ -294,9 +354,9 @@ SPECIAL: dict[str, Callable[[Any], dict[str, Any]]] = {
     "musicgen_melody_decoder": codes,
     "pix2struct": flattened,
     "pix2struct_vision_model": flattened,
-    "pop2piano": features_only,
+    "pop2piano": piano,
     "flava": flava,
-    "pi0": states_of_robot,
+    "pi0": robot_views,
     "omdet-turbo": prompts_of_classes,
     "gemma3n_audio": mel,
     "xmod": lyric_language,

@@ -17,7 +17,8 @@ importlib.import_module("hf_geta.hf_quantizer")  # registers quant_method "geta"
 
 if TYPE_CHECKING:
     from hf_geta.compress import create_optimizer, finalize_model, prepare_model
-    from hf_geta.graph.qadg import QADG, build_qadg
+    from hf_geta.graph.build import build_qadg
+    from hf_geta.graph.qadg import QADG
     from hf_geta.optim.qasso import QASSO
     from hf_geta.trainer import GETATrainer
 
@@ -25,7 +26,7 @@ _LAZY = {
     "GETATrainer": "hf_geta.trainer",
     "QADG": "hf_geta.graph.qadg",
     "QASSO": "hf_geta.optim.qasso",
-    "build_qadg": "hf_geta.graph.qadg",
+    "build_qadg": "hf_geta.graph.build",
     "create_optimizer": "hf_geta.compress",
     "finalize_model": "hf_geta.compress",
     "prepare_model": "hf_geta.compress",

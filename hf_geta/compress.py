@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
-from hf_geta.graph.qadg import QADG, build_qadg
+from hf_geta.graph.build import build_qadg
+from hf_geta.graph.qadg import QADG
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import logging
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -91,7 +93,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
 
 
 def _capture(model: nn.Module, inputs: Mapping[str, Any], trace: Callable[..., Trace]) -> Capture:
-    twin = structural_copy(model).eval()
+    twin = structural_copy(model).train().eval()  # entering train mode, models forget what they computed from weights
     recorder = IntegerRecorder()
     attributes = trace_attributes_(twin, recorder.equalities)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), recorder:
@@ -174,11 +176,17 @@ def _module_stack(model: nn.Module) -> Iterator[None]:
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Refuse inputs that are not named as the forward's arguments are."""
     parameters = inspect.signature(model.forward).parameters.values()
-    takes = ", ".join(parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD)
+    names = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
+    takes = ", ".join(names)
     if not isinstance(inputs, Mapping) or not inputs:
         raise ValueError(f"inputs={inputs!r}: write a dict with arguments of {type(model).__name__}.forward: {takes}.")
-    open_ended = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters) and not takes
-    if not open_ended and (unknown := ", ".join(key for key in inputs if key not in takes.split(", "))):
+    for parameter in parameters:
+        if parameter.kind == parameter.VAR_KEYWORD:  # **kwargs: Unpack[SomeTypedDict], or anything
+            known = [getattr(each, "__annotations__", {}) for each in typing.get_args(parameter.annotation)]
+            names += itertools.chain.from_iterable(known)
+            if not takes and not any(known):
+                return
+    if unknown := ", ".join(key for key in inputs if key not in names):
         raise ValueError(f"{type(model).__name__}.forward does not take {unknown}; it takes {takes}.")
 
 
@@ -204,7 +212,18 @@ def transient_buffers(model: nn.Module) -> Iterator[str]:
             yield f"{path}.{name}" if path else name
 
 
-def structural_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of the modules, configs and all other Python state around the same parameters and buffers."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in named_tensors(model).values()}
+def structural_copy(
+    model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
+) -> nn.Module:
+    """A deep copy of the modules, configs and all other Python state, with tensors of its own around the same numbers.
+
+    Args:
+        convert: what becomes of the numbers: shared as they are, or cast, or made fake. Ties stay.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in named_tensors(model).values():
+        if id(tensor) not in memo:
+            converted = convert(tensor)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(converted, tensor.requires_grad) if is_parameter else converted
     return copy.deepcopy(model, memo)

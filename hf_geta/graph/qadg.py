@@ -7,12 +7,10 @@ an axis, the slices of all parameters that go with it. Removing those slices, an
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
-import math
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +20,9 @@ from torch import Tensor, nn
 from hf_geta.checkpoint.manifest import read_manifest, write_manifest_
 from hf_geta.checkpoint.names import save_as_they_are_
 from hf_geta.checkpoint.prune import set_attributes_, slice_
-from hf_geta.graph.axes import AxisNode, find, is_frozen, leaves, reasons
-from hf_geta.graph.capture import capture, named_tensors
+from hf_geta.graph.capture import named_tensors
 from hf_geta.graph.integers import Attribute, Equation, solve, substitute
-from hf_geta.graph.rules.context import Contraction
-from hf_geta.graph.search_space import SearchSpace, quantizer_tensors
-from hf_geta.graph.walk import Walk
+from hf_geta.graph.search_space import quantizer_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -142,21 +137,61 @@ class QADG:
             ValueError: for an unknown axis, an index out of range, or an axis of which nothing would be left.
         """
         small = copy.deepcopy(model)
-        _forget_caches_(small)
-        owned = self._owned(removed)
-        tensors = named_tensors(small)
+        before = {name: tensor.shape for name, tensor in named_tensors(small).items()}
+        attributes = self.prune_(small, removed)
+        if hasattr(small, "config"):
+            _describe_(small, before, attributes)
+        return small
+
+    def prune_(self, model: nn.Module, removed: Removed) -> dict[str, int]:
+        """Cut the removed groups out of `model` itself, whose config then no longer builds it.
+
+        Args:
+            model, removed: as for `prune`.
+
+        Returns:
+            The int attributes that had to follow, by path.
+
+        Raises:
+            ValueError: as for `prune`.
+        """
+        _forget_caches_(model)
+        tensors = named_tensors(model)
         keep: dict[str, dict[int, Tensor]] = {}
-        for name, dims in owned.items():
+        for name, dims in self._owned(removed).items():
             for dim, indices in dims.items():
                 kept = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
                 kept[indices] = False
                 keep.setdefault(name, {})[dim] = kept.nonzero().flatten()
-        slice_(small, keep)
-        attributes = {path: value for path, value in self._attributes(removed).items() if _read(small, path) != value}
-        set_attributes_(small, attributes)
-        if hasattr(small, "config"):
-            self._describe_(model, small, attributes)
-        return small
+        slice_(model, keep)
+        attributes = {path: value for path, value in self._attributes(removed).items() if _read(model, path) != value}
+        set_attributes_(model, attributes)
+        return attributes
+
+    def without(self, reasons: Mapping[str, str]) -> QADG:
+        """The search space with some of its axes frozen: axis name -> why."""
+        sizes: dict[Any, int] = {axis.name: axis.size for axis in self.axes if axis.name in reasons}
+        equations = (
+            equation._replace(
+                left=substitute(equation.left, lambda leaf: sizes.get(leaf, leaf)),
+                right=substitute(equation.right, lambda leaf: sizes.get(leaf, leaf)),
+            )
+            for equation in self.equations
+        )
+        frozen = tuple(
+            Frozen(reasons[axis.name], "", "", tuple(f"{member.tensor}[{member.dim}]" for member in axis.members))
+            for axis in self.axes
+            if axis.name in reasons
+        )
+        return replace(
+            self,
+            axes=tuple(axis for axis in self.axes if axis.name not in reasons),
+            frozen=self.frozen + frozen,
+            operations=tuple(
+                replace(one, axes=tuple(name for name in one.axes if name not in reasons)) for one in self.operations
+            ),
+            equations=tuple(one for one in equations if one.left != one.right),
+        )
 
     def explain(self, name: str) -> str:
         """What is known about an axis, or about each dimension of a parameter or buffer, in words.
@@ -224,90 +259,19 @@ class QADG:
         sizes = {axis.name: axis.size - len(set(removed.get(axis.name, ()))) for axis in self.axes}
         return {attribute.path: value for attribute, value in solve(self.equations, sizes, self.attributes).items()}
 
-    def _describe_(self, model: nn.Module, small: nn.Module, attributes: dict[str, int]) -> None:
-        """Say in the config of `small` how it differs from what the config builds."""
-        manifest = read_manifest(model)
-        before, after = named_tensors(model), named_tensors(small)
-        ignored = set(quantizer_tensors(model))
-        changed = {
-            name: tuple(tensor.shape)
-            for name, tensor in after.items()
-            if name not in ignored and tensor.shape != before[name].shape
-        }
-        shapes, values = {**manifest.shapes, **changed}, {**manifest.attributes, **attributes}
-        write_manifest_(small, replace(manifest, shapes=shapes, attributes=values))
-        save_as_they_are_(small, shapes)
 
-
-def build_qadg(model: nn.Module, inputs: Mapping[str, Any]) -> QADG:
-    """The search space of `model`, found by tracing one forward on fake tensors (no architecture is known by name).
-
-    Args:
-        model: any module that `torch.export` can trace; it is left untouched.
-        inputs: example inputs by argument name, as `model(**inputs)` takes them; only their shapes matter.
-
-    Raises:
-        ValueError: if the forward does not take these inputs, naming what it takes.
-    """
-    captured = capture(model, inputs)
-    walk = Walk(captured).run()
-    space = SearchSpace(walk, model)
-    names = {leaf: name for leaf, (name, _) in space.free.items()}
-    axes = [
-        Axis(name, kind, leaf.size, tuple(Member(slot.tensor, slot.dim, slot.indices) for slot in space.slots[leaf]))
-        for leaf, (name, kind) in space.free.items()
-    ]
-
-    def named(leaf: Any) -> Any:
-        return names.get(leaf, leaf)
-
-    equations = [
-        equation._replace(left=substitute(equation.left, named), right=substitute(equation.right, named))
-        for equation in space.equations
-    ]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    operations = [
-        operation if operation.weight in parameters else replace(operation, weight=None)  # a product with a buffer
-        for one in walk.axes.contractions
-        for operation in _operations(one, names)
-    ]
-    qadg = QADG(tuple(axes), _frozen(space), tuple(operations), tuple(equations), captured.attributes)
-    logger.info("%s: %s", type(model).__name__, qadg)
-    return qadg
-
-
-def _operations(contraction: Contraction, names: Mapping[AxisNode, str]) -> Iterator[Operation]:
-    """The terms of the product of all loop sizes, each of which may be a sum (a concatenation)."""
-    counts: Counter[tuple[str, ...]] = Counter()
-    for terms in itertools.product(*(_size_terms(axis, names) for axis in contraction.loops)):
-        macs = math.prod(count for count, _ in terms)
-        counts[tuple(sorted(itertools.chain.from_iterable(factors for _, factors in terms)))] += macs
-    for factors, macs in counts.items():
-        yield Operation(contraction.name, contraction.weight, macs, factors)
-
-
-def _size_terms(axis: AxisNode, names: Mapping[AxisNode, str]) -> list[tuple[int, tuple[str, ...]]]:
-    """The size of an axis as a sum of (count, prunable axes that it is proportional to)."""
-    axis = find(axis)
-    if is_frozen(axis) or not axis.parts:
-        return [(axis.size, (names[axis],) if axis in names else ())]
-    terms = [_size_terms(part, names) for part in axis.parts]
-    if not axis.is_product:
-        return list(itertools.chain.from_iterable(terms))
-    return [
-        (math.prod(count for count, _ in one), tuple(itertools.chain.from_iterable(factors for _, factors in one)))
-        for one in itertools.product(*terms)
-    ]
-
-
-def _frozen(space: SearchSpace) -> tuple[Frozen, ...]:
-    """The dimensions whose leaves are all frozen, by reason."""
-    grouped: dict[tuple[str, str, str], list[str]] = {}
-    for (tensor, dim), axis in space.dims.items():
-        if axis.size > 1 and not any(leaf in space.free for leaf in leaves(axis)):
-            reason = reasons(axis)[0]
-            grouped.setdefault((reason.text, reason.operator, reason.module), []).append(f"{tensor}[{dim}]")
-    return tuple(Frozen(*why, tuple(dimensions)) for why, dimensions in grouped.items())
+def _describe_(small: nn.Module, before: Mapping[str, Sequence[int]], attributes: dict[str, int]) -> None:
+    """Say in the config of `small` how it differs from what the config builds."""
+    manifest = read_manifest(small)
+    ignored = set(quantizer_tensors(small))
+    changed = {
+        name: tuple(tensor.shape)
+        for name, tensor in named_tensors(small).items()
+        if name not in ignored and tensor.shape != before[name]
+    }
+    shapes, values = {**manifest.shapes, **changed}, {**manifest.attributes, **attributes}
+    write_manifest_(small, replace(manifest, shapes=shapes, attributes=values))
+    save_as_they_are_(small, shapes)
 
 
 def _forget_caches_(model: nn.Module) -> None:

@@ -66,7 +66,8 @@ def components(equations: Iterable[Equation]) -> list[list[Equation]]:
 
     def root(name: object) -> object:
         while (parent := parents.setdefault(name, name)) != name:
-            name = parents[name] = parents[parent]
+            parents[name] = parents[parent]
+            name = parent
         return name
 
     names = {equation: list(names_in(equation)) for equation in equations}

@@ -12,7 +12,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_geta.graph.qadg import QADG, build_qadg
+from hf_geta.graph.build import build_qadg
+from hf_geta.graph.qadg import QADG
 
 TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 TEXT = {**TRANSFORMER, "vocab_size": 50, "max_position_embeddings": 16, "pad_token_id": 0}

@@ -10,8 +10,9 @@ from torch import nn
 
 import hf_geta.hf_quantizer  # noqa: F401  registers the loader
 from hf_geta.config import GETAConfig
+from hf_geta.graph.build import build_qadg
 from hf_geta.graph.integers import TracedInt
-from hf_geta.graph.qadg import QADG, build_qadg
+from hf_geta.graph.qadg import QADG
 from hf_geta.quantization.calibration import calibrate_
 from hf_geta.quantization.layers import quantize_modules_
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_geta.graph.qadg import build_qadg
+from hf_geta.graph.build import build_qadg
 from hf_geta.graph.rules import RULES, rule
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # another order of the sums

@@ -126,20 +126,20 @@ class Axes:
                     holders[label].append(operand)
         merged = {label: self.unify(*group) for label, group in axes.items()}
         weight = right[0].parameter or left[0].parameter
-        batched = [merged[label] for label in result if len(holders[label]) == 2]
+        batched = [label for label in result if label in left[1] and label in right[1] and merged[label].size != 1]
         for label, axis in merged.items():
-            if batched and weight is not None:
+            if weight is not None and any(len(holders[one]) == 2 for one in batched):
                 tag(axis, STACKED)
             if label not in result:
                 if any(operand.parameter for operand in holders[label]):
                     tag(axis, CONSUMED)
                 else:
                     self.freeze(axis, "summed over in a product of two activations")
-            elif len(holders[label]) == 2 and weight is None:
+            elif weight is None and label in batched:  # also where one key's head is broadcast to all queries'
                 tag(axis, BATCHED)
                 self.heads.append(axis)
             elif weight is None:
-                self.outer += [(batch, axis) for batch in batched]
+                self.outer += [(merged[batch], axis) for batch in batched]
         self.count(weight, list(merged.values()), name)
         return TensorAxes.of(merged[label] for label in result)
 

@@ -50,8 +50,9 @@ class AxisNode:
 
     def __repr__(self) -> str:
         axis = find(self)
-        symbol = " * " if axis.is_product else " + "
-        return f"({symbol.join(map(repr, axis.parts))})" if axis.parts else f"{axis.size}{'!' * is_frozen(axis)}"
+        if not axis.parts:
+            return f"{axis.size}{'!' * is_frozen(axis)}"
+        return f"({(' * ' if axis.is_product else ' + ').join(map(repr, axis.parts))})"
 
 
 def find(axis: AxisNode) -> AxisNode:
@@ -66,11 +67,12 @@ def find(axis: AxisNode) -> AxisNode:
 
 def leaves(axis: AxisNode) -> Iterator[AxisNode]:
     """The leaves that `axis` is made of, in order; a leaf that is used twice comes twice."""
-    axis = find(axis)
-    if not axis.parts:
-        yield axis
-    for part in axis.parts:
-        yield from leaves(part)
+    pending = [axis]
+    while pending:
+        axis = find(pending.pop())
+        pending.extend(reversed(axis.parts))
+        if not axis.parts:
+            yield axis
 
 
 def freeze(axis: AxisNode, reason: Reason) -> None:
@@ -118,32 +120,36 @@ def unify(first: AxisNode, second: AxisNode) -> None:
     Raises:
         ValueError: for axes of different sizes.
     """
-    first, second = find(first), find(second)
-    if first is second:
-        return
-    if first.size != second.size:
-        raise ValueError(f"axes of sizes {first.size} and {second.size} cannot be the same axis.")
-    if not first.parts:
-        first, second = second, first
-    if second.parts:
-        _unify_parts(first, second)
-    else:  # a leaf: it takes the other's refinement and passes its notes on
-        for leaf in list(leaves(first)):
-            _annotate(leaf, second._reasons, second._tags)
-    second._parent = first
+    pending = [(first, second)]
+    while pending:
+        first, second = map(find, pending.pop())
+        if first is second:
+            continue
+        if first.size != second.size:
+            raise ValueError(f"axes of sizes {first.size} and {second.size} cannot be the same axis.")
+        if not first.parts:
+            first, second = second, first
+        if second.parts:
+            pending.extend(reversed(_matched_parts(first, second)))
+        else:  # a leaf: it takes the other's refinement and passes its notes on
+            for leaf in leaves(first):
+                _annotate(leaf, second._reasons, second._tags)
+        second._parent = first
 
 
 def align(factors: Sequence[AxisNode], sizes: Sequence[int]) -> list[AxisNode]:
     """Read the row-major product of `factors` as a product of axes of the given `sizes`, refining where needed.
 
     It is the primitive behind views, grouped queries and grouped convolutions: [12, 4] as (3, 16) splits the 12 into
-    3 x 4 and returns the axes 3 and 4 x 4. Where boundaries do not divide, all that is left is frozen.
+    3 x 4 and returns the axes 3 and 4 x 4. Where boundaries do not divide, what lies around them is frozen.
 
     Raises:
         ValueError: if the products differ.
     """
     if math.prod(factor.size for factor in factors) != math.prod(sizes):
         raise ValueError(f"axes of sizes {[factor.size for factor in factors]} cannot be read as {list(sizes)}.")
+    if 0 in sizes:  # nothing to lay out
+        return [_give_up(factors, size) for size in sizes]
     pending = [factor for factor in reversed(factors) if factor.size != 1]
     aligned: list[AxisNode] = []
     for size in sizes:
@@ -160,7 +166,8 @@ def align(factors: Sequence[AxisNode], sizes: Sequence[int]) -> list[AxisNode]:
                 pending.append(inner)
                 missing = 1
             else:
-                return aligned + _give_up([*group, axis, *pending], sizes[len(aligned) :])
+                both = (axis, pending.pop())
+                pending.append(_give_up(both, both[0].size * both[1].size))
         aligned.append(product(group))
     return aligned
 
@@ -168,7 +175,7 @@ def align(factors: Sequence[AxisNode], sizes: Sequence[int]) -> list[AxisNode]:
 def cut(axis: AxisNode, sizes: Sequence[int]) -> list[AxisNode]:
     """Read `axis` as a concatenation of pieces of the given `sizes`, refining where needed.
 
-    A product is cut through its outer factor where the boundaries divide; otherwise all that is left is frozen.
+    A product is cut through its outer factor; where the boundary does not divide, the product is frozen.
 
     Raises:
         ValueError: if the sum differs.
@@ -181,16 +188,14 @@ def cut(axis: AxisNode, sizes: Sequence[int]) -> list[AxisNode]:
         group: list[AxisNode] = []
         missing = size
         while missing > 0:
-            piece = pending.pop()
+            piece = find(pending.pop())
             if piece.size <= missing:
                 group.append(piece)
                 missing -= piece.size
-            elif (head_and_tail := _cut_once(piece, missing)) is not None:
-                group.append(head_and_tail[0])
-                pending.append(head_and_tail[1])
-                missing = 0
+            elif piece.parts and not piece.is_product:
+                pending.extend(reversed(piece.parts))
             else:
-                return pieces + _give_up([*group, piece, *pending], sizes[len(pieces) :])
+                pending.extend(reversed(_halve(piece, missing)))
         pieces.append(concatenation(group))
     return pieces
 
@@ -206,7 +211,7 @@ def positions(axis: AxisNode) -> dict[AxisNode, torch.Tensor]:
         return {axis: torch.arange(axis.size).unsqueeze(1)}
     found: dict[AxisNode, list[torch.Tensor]] = {}
     outer, inner, offset = 1, axis.size, 0
-    for part in axis.parts:
+    for part in axis.parts if axis.is_product else _pieces(axis):
         inner //= part.size if axis.is_product else 1
         for leaf, indices in positions(part).items():
             if axis.is_product:  # entry (o, p, i) lies at (o * part.size + p) * inner + i
@@ -223,8 +228,9 @@ def size_after(axis: AxisNode, sizes: Mapping[AxisNode, int]) -> int:
     axis = find(axis)
     if not axis.parts:
         return sizes.get(axis, axis.size)
-    combine = math.prod if axis.is_product else sum
-    return combine(size_after(part, sizes) for part in axis.parts)
+    if axis.is_product:
+        return math.prod(size_after(part, sizes) for part in axis.parts)
+    return sum(size_after(piece, sizes) for piece in _pieces(axis))
 
 
 def _annotate(leaf: AxisNode, new_reasons: tuple[Reason, ...], new_tags: frozenset[str]) -> None:
@@ -242,14 +248,24 @@ def _refine(leaf: AxisNode, sizes: Sequence[int], is_product: bool) -> tuple[Axi
     return leaf.parts
 
 
-def _unify_parts(first: AxisNode, second: AxisNode) -> None:
-    sizes = [part.size for part in second.parts]
-    parts = align(first.parts, sizes) if first.is_product and second.is_product else None
-    if parts is None and second.is_product:  # a concatenation against a product: cut the product
+def _pieces(axis: AxisNode) -> Iterator[AxisNode]:
+    """What a concatenation, and the concatenations in it, consist of; in a loop, since pieces of pieces go deep."""
+    pending = [axis]
+    while pending:
+        piece = find(pending.pop())
+        if piece.parts and not piece.is_product:
+            pending.extend(reversed(piece.parts))
+        else:
+            yield piece
+
+
+def _matched_parts(first: AxisNode, second: AxisNode) -> list[tuple[AxisNode, AxisNode]]:
+    """Pairs of axes that are the same if two axes with parts are."""
+    if second.is_product and not first.is_product:  # the product is cut as the concatenation is
         first, second = second, first
-        sizes = [part.size for part in second.parts]
-    for mine, theirs in zip(cut(first, sizes) if parts is None else parts, second.parts, strict=True):
-        unify(mine, theirs)
+    sizes = [part.size for part in second.parts]
+    parts = align(first.parts, sizes) if second.is_product else cut(first, sizes)
+    return list(zip(parts, second.parts, strict=True))
 
 
 def _factor(axis: AxisNode, outer_size: int) -> tuple[AxisNode, AxisNode]:
@@ -267,39 +283,24 @@ def _factor(axis: AxisNode, outer_size: int) -> tuple[AxisNode, AxisNode]:
             unify(part, product((part_outer, inner)))
         outer = concatenation(outers)
     else:
-        outer, inner = _give_up([axis], (outer_size, inner_size))
+        outer, inner = _factor(_give_up([axis], axis.size), outer_size)
     return outer, inner
 
 
-def _cut_once(axis: AxisNode, size: int) -> tuple[AxisNode, AxisNode] | None:
-    """The first `size` entries of `axis` and the rest; None where a product's inner factors do not divide them."""
-    axis = find(axis)
+def _halve(axis: AxisNode, size: int) -> Sequence[AxisNode]:
+    """The first `size` entries of a leaf or product, and the rest."""
     if not axis.parts:
-        head, tail = _refine(axis, (size, axis.size - size), is_product=False)
-        return head, tail
-    if not axis.is_product:
-        before, number, pieces = 0, 0, axis.parts
-        while before + pieces[number].size <= size:
-            before += pieces[number].size
-            number += 1
-        if before == size:
-            return concatenation(pieces[:number]), concatenation(pieces[number:])
-        if (halves := _cut_once(pieces[number], size - before)) is None:
-            return None
-        return (
-            concatenation((*pieces[:number], halves[0])),
-            concatenation((halves[1], *pieces[number + 1 :])),
-        )
+        return _refine(axis, (size, axis.size - size), is_product=False)
     outer, *inner = axis.parts
-    inner_size = math.prod(part.size for part in inner)
-    if size % inner_size or (halves := _cut_once(outer, size // inner_size)) is None:
-        return None
-    return product((halves[0], *inner)), product((halves[1], *inner))
+    rows, rest = divmod(size, axis.size // outer.size)
+    if rest:
+        return _halve(_give_up([axis], axis.size), size)
+    return [product((half, *inner)) for half in cut(outer, (rows, outer.size - rows))]
 
 
-def _give_up(axes: Iterable[AxisNode], sizes: Iterable[int]) -> list[AxisNode]:
-    """Freeze `axes`; stand-ins of the given sizes, frozen too, for what was to be read from them."""
-    stand_ins = [AxisNode(size) for size in sizes]
-    for axis in (*axes, *stand_ins):
+def _give_up(axes: Iterable[AxisNode], size: int) -> AxisNode:
+    """Freeze `axes`; a stand-in of the given size, frozen too, for what was to be read from them."""
+    stand_in = AxisNode(size)
+    for axis in (*axes, stand_in):
         freeze(axis, UNALIGNED)
-    return stand_ins
+    return stand_in

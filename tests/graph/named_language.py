@@ -246,6 +246,7 @@ LANGUAGE_CASES: dict[str, Case] = {
     "bart, sentences": Case(
         "BartForSequenceClassification", BART, SENTENCES, {**BART_AXES, "mlp": [24, 24, 20, 32]}
     ),
+    "marian": Case("MarianMTModel", BART, SEQUENCES, BART_AXES),
     # the first of two convolutions over time; the second is added to positions
     "whisper": Case(
         "WhisperForConditionalGeneration",

@@ -22,13 +22,12 @@ RT_BACKBONE = {**BACKBONE, "model_type": "rt_detr_resnet", "out_features": ["sta
 BACKBONE_CHANNELS = [8, 8, 12, 12, 16, 16, 20, 20]  # of each stage: the sum, and inside its block
 MOBILEVIT = {
     "hidden_sizes": [8, 12, 16], "neck_hidden_sizes": [4, 6, 8, 10, 12, 14, 18], "num_attention_heads": 2,
-    "mlp_ratio": 2.0, "expand_ratio": 2.0, "image_size": 64, "aspp_out_channels": 9,
+    "mlp_ratio": 2.0, "expand_ratio": 2.0, "image_size": 64,
 }  # fmt: skip
 # the stem, two stages of inverted bottlenecks, and three of them around transformers: 2, 4 and 3 layers
-MOBILEVIT_CHANNELS = [4, 8, 6, 16, 8, 16, 16, 16, *[10] * 4, 24, *[12] * 4, 24, *[14] * 4]
-MOBILEVIT_LAYERS = {"attention_head": [2] * 9, "mlp": [16] * 2 + [24] * 4 + [32] * 3}
-# the first 25 of them to the classifier's 1280: expanded where a block expands, sums where blocks add up
-MOBILENET_CHANNELS = [8, 8, 48, 8, 48, 48, 8, *[48] * 3, 16, *[96] * 4, 24, *[144] * 3, 40, *[240] * 3, 80]
+MOBILEVIT_CHANNELS = [4, 8, 6, 16, 8, 16, 16, 16, *[10] * 4, 24, *[12] * 4, 24, *[14] * 4, 18]
+# inside each block, and between blocks unless they add up
+MOBILENET_CHANNELS = [8, 8, 48, 8, 48, 48, 8, *[48] * 3, 16, *[96] * 4, 24, *[144] * 3, 40, *[240] * 3, 80, 1280]
 DETR = {
     "backbone_config": BACKBONE, "d_model": 32, "num_queries": 5, "encoder_layers": 1, "decoder_layers": 1,
     "encoder_attention_heads": 4, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 20,
@@ -142,7 +141,7 @@ IMAGE_CASES: dict[str, Case] = {
         "MobileNetV2ForImageClassification",
         {"depth_multiplier": 0.25},
         IMAGES,
-        {"channel": [*MOBILENET_CHANNELS, 1280]},
+        {"channel": MOBILENET_CHANNELS},
     ),
     # the stem; per block: expanded, squeezed, projected (the third block adds to the second)
     "efficientnet": Case(
@@ -157,7 +156,7 @@ IMAGE_CASES: dict[str, Case] = {
         "MobileViTForImageClassification",
         MOBILEVIT,
         LARGE_IMAGES,
-        {"channel": [*MOBILEVIT_CHANNELS, 18], **MOBILEVIT_LAYERS},
+        {"channel": MOBILEVIT_CHANNELS, "attention_head": [2] * 9, "mlp": [16] * 2 + [24] * 4 + [32] * 3},
     ),
     "segformer": Case(
         "SegformerForSemanticSegmentation",
@@ -166,6 +165,14 @@ IMAGE_CASES: dict[str, Case] = {
          "decoder_hidden_size": 12},
         IMAGES,
         {"attention_head": [2, 2, 4], "channel": [32, 32, 64, 12], "mlp": [12, 12]},
+    ),
+    # batch norms only: the width of each stage goes too, 16 and 24; the stages' attention and the one between them
+    "levit": Case(
+        "LevitForImageClassification",
+        {"image_size": 32, "hidden_sizes": [16, 24], "num_attention_heads": [2, 3], "depths": [1, 1], "key_dim": [8, 8],
+         "down_ops": [["Subsample", 8, 2, 2, 2, 2], [""]], "attention_ratio": [2, 2], "mlp_ratio": [2, 2]},
+        IMAGES,
+        {"channel": [2, 4, 8, 16], "attention_head": [2, 2, 3], "mlp": [32, 24, 48, 48]},
     ),
     # of each level: projected and resized (the third is not); then the sums of four levels, and inside seven units
     "dpt": Case(
@@ -220,11 +227,5 @@ IMAGE_CASES: dict[str, Case] = {
                                  "iou_head_hidden_dim": 12}},
         POINTS,
         {"attention_head": [4, 4, 4, 4, 4, 4], "mlp": [24, 24, 20] + [16] * 8 + [12, 12]},
-    ),
-    "mobilevit, segmentation": Case(
-        "MobileViTForSemanticSegmentation",
-        MOBILEVIT,
-        LARGE_IMAGES,
-        {"channel": MOBILEVIT_CHANNELS + [9] * 6, **MOBILEVIT_LAYERS},
     ),
 }  # fmt: skip

@@ -61,7 +61,7 @@ def randomize_(model: nn.Module, seed: int = 0) -> None:
     torch.manual_seed(seed)
     embeddings = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
+        if not (parameter.is_floating_point() and parameter.requires_grad):  # fixed sinusoids are never saved
             continue
         noise, word = torch.randn_like(parameter), name.rsplit(".", 1)[-1].lower()
         if "a_log" in word or word.startswith("dt_"):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_geta.compress import create_optimizer, finalize_model, prepare_model
     from hf_geta.graph.build import build_qadg
     from hf_geta.graph.qadg import QADG
+    from hf_geta.graph.verify import Verification, verify_qadg
     from hf_geta.optim.qasso import QASSO
     from hf_geta.trainer import GETATrainer
 
@@ -30,6 +31,8 @@ _LAZY = {
     "create_optimizer": "hf_geta.compress",
     "finalize_model": "hf_geta.compress",
     "prepare_model": "hf_geta.compress",
+    "verify_qadg": "hf_geta.graph.verify",
+    "Verification": "hf_geta.graph.verify",
 }
 
 __all__ = [
@@ -37,10 +40,12 @@ __all__ = [
     "QASSO",
     "GETAConfig",
     "GETATrainer",
+    "Verification",
     "build_qadg",
     "create_optimizer",
     "finalize_model",
     "prepare_model",
+    "verify_qadg",
 ]
 
 

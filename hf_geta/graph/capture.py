@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import itertools
+import io
 import logging
-import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -80,7 +79,8 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
         except TRACING_ERRORS as second:
             first = type(error).__name__
             raise ValueError(
-                f"{type(model).__name__}.forward cannot be traced with inputs {describe(inputs)}: {second} "
+                f"{type(model).__name__}.forward cannot be traced with inputs {describe(inputs)}: {second}; "
+                f"it takes {_takes(model)} "
                 f"(on fake tensors: {first}: {str(error).partition(chr(10))[0]})"
             ) from second
         captured.is_concrete = True
@@ -116,7 +116,8 @@ def _capture(model: nn.Module, inputs: Mapping[str, Any], trace: Callable[..., T
 
 def export(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     """The graph by `torch.export`, on fake tensors."""
-    program = torch.export.export(model, (), dict(inputs), strict=False)
+    with quiet_torch():
+        program = torch.export.export(model, (), dict(inputs), strict=False)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     sources, constants = {}, {}
     for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
@@ -142,6 +143,7 @@ def trace_concretely(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
 
     with fx.traceback.preserve_node_meta(), _module_stack(model):
         graph_module = make_fx(forward, pre_dispatch=True, _error_on_data_dependent_ops=False)(tensors, given)
+    graph_module.graph.eliminate_dead_code()  # such as sums that only a decision looked at
     placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
     constants = {
         node.name: getattr(graph_module, node.target) for node in graph_module.graph.nodes if node.op == "get_attr"
@@ -175,19 +177,34 @@ def _module_stack(model: nn.Module) -> Iterator[None]:
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Refuse inputs that are not named as the forward's arguments are."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    names = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
-    takes = ", ".join(names)
     if not isinstance(inputs, Mapping) or not inputs:
-        raise ValueError(f"inputs={inputs!r}: write a dict with arguments of {type(model).__name__}.forward: {takes}.")
-    for parameter in parameters:
-        if parameter.kind == parameter.VAR_KEYWORD:  # **kwargs: Unpack[SomeTypedDict], or anything
-            known = [getattr(each, "__annotations__", {}) for each in typing.get_args(parameter.annotation)]
-            names += itertools.chain.from_iterable(known)
-            if not takes and not any(known):
-                return
-    if unknown := ", ".join(key for key in inputs if key not in names):
-        raise ValueError(f"{type(model).__name__}.forward does not take {unknown}; it takes {takes}.")
+        raise ValueError(
+            f"inputs={inputs!r}: write a dict with arguments of {type(model).__name__}.forward: {_takes(model)}."
+        )
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    if unknown := ", ".join(key for key in inputs if key not in parameters):
+        raise ValueError(f"{type(model).__name__}.forward does not take {unknown}; it takes {_takes(model)}.")
+
+
+def _takes(model: nn.Module) -> str:
+    return ", ".join(inspect.signature(model.forward).parameters)
+
+
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """While active, torch does not print graphs and tracebacks of what is only tried."""
+    talkers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.export", "torch.fx")]
+    disabled = [talker.disabled for talker in talkers]
+    try:
+        for talker in talkers:
+            talker.disabled = True
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for talker, before in zip(talkers, disabled, strict=True):
+            talker.disabled = before
 
 
 def describe(inputs: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from hf_geta.graph.capture import TRACING_ERRORS, named_tensors, structural_copy
+from hf_geta.graph.capture import TRACING_ERRORS, named_tensors, quiet_torch, structural_copy
 from hf_geta.graph.qadg import QADG
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class ShapeLaw:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             twin = structural_copy(self.model, mode.from_tensor)
             self.qadg.prune_(twin, {name: self.removed[name] for name in names})
-            with mode:
+            with mode, quiet_torch():
                 run(twin, pytree.tree_map_only(Tensor, mode.from_tensor, dict(self.inputs)))
             return ""
         except TRACING_ERRORS as error:

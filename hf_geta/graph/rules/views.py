@@ -215,6 +215,17 @@ def chunk(axes: Axes, x: TensorAxes, count: int, dim: int = 0) -> list[TensorAxe
     return [TensorAxes.of((*x[:dim], piece, *x[dim + 1 :])) for piece in pieces]
 
 
+@rule(aten.view_as_complex, keeps_zeros=True)
+def view_as_complex(axes: Axes, x: TensorAxes) -> TensorAxes:
+    axes.freeze(x[-1], "real and imaginary parts")
+    return TensorAxes.of(x[:-1])
+
+
+@rule(aten.view_as_real, keeps_zeros=True)
+def view_as_real(axes: Axes, x: TensorAxes) -> TensorAxes:
+    return TensorAxes.of((*x, *axes.frozen((2,), "real and imaginary parts")))
+
+
 @rule(aten.glu)
 def gated(axes: Axes, x: TensorAxes, dim: int = -1) -> TensorAxes:
     """The first half times the sigmoid of the second."""

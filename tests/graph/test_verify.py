@@ -1,0 +1,165 @@
+"""What was found is tried: a wrong search space never gets to training, and what fails takes nothing else along."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_geta import build_qadg, verify_qadg
+from hf_geta.graph import build, capture
+from hf_geta.graph.rules import registry, rule
+from hf_geta.graph.verify import failing, other_inputs
+
+ROW = {"x": torch.randn(2, 7, 5)}
+
+
+class Layers(nn.Module):
+    """Two hidden axes in a row; `between` sees the first hidden states."""
+
+    def __init__(self, between):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(5, 12), nn.Linear(12, 10), nn.Linear(10, 3)
+        self.between = between
+
+    def forward(self, x):
+        hidden = self.between(F.relu(self.first(x)))
+        return self.last(F.relu(self.second(hidden)))
+
+
+@torch.library.custom_op("hf_geta_tests::reverse", mutates_args=())
+def reverse(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(-1)
+
+
+reverse.register_fake(torch.empty_like)
+
+
+@torch.library.custom_op("hf_geta_tests::add_twelve", mutates_args=())
+def add_twelve(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.arange(12.0)
+
+
+@add_twelve.register_fake
+def _(x):
+    return x + x.new_empty(12)
+
+
+@pytest.fixture(autouse=True)
+def wrong_rules(monkeypatch):
+    """A rule that says that entries stay where they are, for operators that do not keep them there."""
+    monkeypatch.setattr(registry, "RULES", dict(registry.RULES))
+    rule("hf_geta_tests::reverse", "hf_geta_tests::add_twelve")(lambda axes, x: x)
+
+
+def test_the_law_holds_for_every_family_on_inputs_of_another_length(family):
+    for inputs in other_inputs(family.inputs):
+        verification = verify_qadg(family.model, inputs, family.qadg, seed=3)
+        assert verification.holds, str(verification)
+        assert verification.moved > 1e-2
+        assert verification.error < 1e-4
+        removed, total = verification.removed
+        assert 0.2 * total < removed <= 0.5 * total
+
+
+def test_an_axis_with_a_wrong_member_is_named():
+    model = Layers(nn.Identity()).eval()
+    qadg = build_qadg(model, ROW)
+    first, second = qadg.axes
+    *members, last = first.members
+    wrong = dataclasses.replace(first, members=(*members, dataclasses.replace(last, indices=last.indices.roll(1, 0))))
+    verification = verify_qadg(model, ROW, dataclasses.replace(qadg, axes=(wrong, second)))
+    assert not verification.holds
+    assert list(verification.failures) == [first.name]
+    assert verify_qadg(model, ROW, qadg).holds
+
+
+@pytest.mark.parametrize(
+    "operator", [lambda x: reverse(x), lambda x: add_twelve(x)], ids=["wrong numbers", "wrong shapes"]
+)
+def test_what_a_wrong_rule_promises_is_frozen_with_the_reason_and_the_rest_goes_on(operator, caplog):
+    model = Layers(operator).eval()
+    promised = build_qadg(model, ROW, verify=False)
+    qadg = build_qadg(model, ROW)
+    assert [axis.size for axis in promised.axes] == [12, 10]
+    assert [axis.size for axis in qadg.axes] == [10]
+    assert "tried and found wrong" in qadg.explain("first.weight")
+    assert any(
+        record.levelno == logging.WARNING and promised.axes[0].name in record.message for record in caplog.records
+    )
+    assert all(promised.axes[0].name not in operation.axes for operation in qadg.operations)
+    assert verify_qadg(model, ROW, qadg).holds
+
+
+def test_shapes_are_tried_where_there_are_no_weights():
+    with torch.device("meta"):
+        model = Layers(lambda x: add_twelve(x)).eval()
+    inputs = {"x": torch.empty(2, 7, 5, device="meta")}
+    assert [axis.size for axis in build_qadg(model, inputs).axes] == [10]
+
+
+def test_trying_leaves_the_model_as_it_is(family):
+    before = {name: tensor.clone() for name, tensor in family.model.state_dict().items()}
+    generator = torch.get_rng_state()
+    verify_qadg(family.model, family.inputs, family.qadg)
+    after = family.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert torch.equal(generator, torch.get_rng_state())
+
+
+def test_failing_keeps_all_that_can_go_together():
+    def law(names):
+        return "wrong" if "b" in names or {"d", "f"} <= set(names) else ""
+
+    failures = failing("abcdefg", law)
+    assert set(failures) == {"b", "f"}
+    assert failing("aceg", law) == {}
+
+
+class Deciding(nn.Module):
+    """Takes a branch by the numbers in a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        hidden = self.up(x)
+        hidden = hidden.relu() if (hidden.abs().sum() > 0).item() else hidden.sum(-1, keepdim=True).expand_as(hidden)
+        return self.down(hidden)
+
+
+def test_a_forward_that_decides_by_numbers_is_traced_along_its_path_and_says_so(caplog):
+    model = Deciding().eval()
+    qadg = build_qadg(model, ROW)
+    assert [axis.size for axis in qadg.axes] == [12]
+    assert "the path that these inputs take" in caplog.text
+    assert verify_qadg(model, ROW, qadg).holds
+
+
+class Lengthy(Deciding):
+    """Mixes the hidden entries of longer inputs only."""
+
+    def forward(self, x):
+        hidden = self.up(x)
+        if (hidden.abs().sum() > 0).item() and len(x) > 2:
+            hidden = hidden.softmax(-1)
+        return self.down(hidden)
+
+
+def test_a_path_is_tried_on_another_batch_before_it_is_trusted():
+    assert build_qadg(Lengthy().eval(), ROW).axes == ()
+
+
+def test_a_path_gives_the_axes_of_the_exported_graph(family, monkeypatch):
+    def stop(*_):
+        raise RuntimeError("data-dependent")
+
+    monkeypatch.setattr(capture, "export", stop)
+    found = build.build_qadg(family.model, family.inputs, verify=False)
+    assert str(found) == str(family.qadg)
+    assert found.operations == family.qadg.operations

@@ -289,8 +289,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "uvdoc_backbone",
         )
     },
+    "qwen2_vl": {"set": {"vision_config__hidden_size": 48}},
+    **{name: {"set": {"image_size": 64, "patch_size": 2}} for name in ("swin", "swinv2", "maskformer-swin")},
     "fuyu": {"set": {"patch_size": 8, "text_config__hidden_size": 48}},
-    "clap": {"set": {"audio_config__spec_size": 32, "audio_config__num_mel_bins": 8, "audio_config__window_size": 4}},
+    "clap": {"set": {"audio_config__spec_size": 64, "audio_config__num_mel_bins": 16, "audio_config__window_size": 2}},
     "clap_audio_model": {"set": {"spec_size": 32, "num_mel_bins": 8, "window_size": 4}},
     "clvp": {"set": {"text_config__use_rotary_embedding": False, "speech_config__use_rotary_embedding": False}},
     "dots1": {

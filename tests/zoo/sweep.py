@@ -7,12 +7,13 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from tests.zoo.law import Record
 
+READY = "ready"
 MEMORY = 8 << 30  # bytes of address space of a worker
 
 
@@ -26,6 +27,7 @@ def work(pipe: Connection) -> None:
     torch.set_num_threads(1)
     from tests.zoo.cases import run_case
 
+    pipe.send(READY)
     while (case := pipe.recv()) is not None:
         pipe.send(run_case(case))
 
@@ -33,16 +35,18 @@ def work(pipe: Connection) -> None:
 class Worker:
     """A process that runs one case after another, and is replaced when it does not answer in time."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Callable[[Connection], None]) -> None:
+        self._work = work
         self._context = multiprocessing.get_context("spawn")
         self.case: Any = None
         self._start()
 
     def _start(self) -> None:
         self.pipe, theirs = self._context.Pipe()
-        self.process = self._context.Process(target=work, args=(theirs,), daemon=True)
+        self.process = self._context.Process(target=self._work, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
+        self.pipe.recv()  # READY: what it imports takes time that no case is charged for
 
     def give(self, case: Any) -> None:
         self.case, self.since = case, time.monotonic()
@@ -74,9 +78,11 @@ def lost(case: Any, reason: str, seconds: float) -> Record:
     return Record(case.model_class, case.model_type, case.task, stage="lost", reason=reason, seconds=seconds)
 
 
-def sweep(cases: Sequence[Any], workers: int, timeout: float) -> Iterator[Record]:
-    """Records of all cases, in the order in which they are done."""
-    waiting, staff = list(reversed(cases)), [Worker() for _ in range(min(workers, len(cases)))]
+def sweep(
+    cases: Sequence[Any], workers: int, timeout: float, work: Callable[[Connection], None] = work
+) -> Iterator[Record]:
+    """Records of all cases, in the order in which they are done; `work` is the life of a worker."""
+    waiting, staff = list(reversed(cases)), [Worker(work) for _ in range(min(workers, len(cases)))]
     try:
         while waiting or any(worker.case is not None for worker in staff):
             for worker in staff:

@@ -1,0 +1,107 @@
+"""A Hub id or a folder -> a model: with its weights, or its skeleton alone, without reading or allocating any.
+
+The skeleton of a compressed checkpoint is the model with its pruned shapes, its layers in float.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from hf_geta.checkpoint.manifest import QUANT_METHOD, Manifest, fit_manifest, write_manifest_
+from hf_geta.checkpoint.prune import resize_, set_attributes_
+
+BUILD_ERRORS = (ImportError, OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError)
+
+
+def build_skeleton(source: str | Path, class_name: str | None = None) -> PreTrainedModel:
+    """The model of a Hub id or of a folder with a config.json, on the meta device: modules and shapes.
+
+    Args:
+        class_name: a model class of transformers, or an Auto class; by default the one that the config names, else
+            AutoModel.
+
+    Raises:
+        ValueError: no such folder, no config.json there or on the Hub, or no class of that name that takes it.
+    """
+    config = _read_config(str(source))
+    values = getattr(config, "quantization_config", None)
+    if values is not None:
+        config = copy.deepcopy(config)
+        del config.quantization_config  # else transformers prepares for its quantizer
+    owner = _model_class(config, class_name)
+    build = owner.from_config if hasattr(owner, "from_config") else owner._from_config
+    try:
+        with torch.device("meta"):
+            model = build(config).to("meta")  # some modules make parameters elsewhere, whatever the context says
+    except BUILD_ERRORS as error:
+        wanted = f"as {class_name} " if class_name else ""
+        raise ValueError(
+            f"{source}: a {config.model_type} model cannot be built {wanted}from this config: {_short(error)}"
+        ) from error
+    return _compressed_(model, values) if values is not None else model
+
+
+def load_model(source: str | Path, class_name: str | None = None) -> PreTrainedModel:
+    """The model of a Hub id or of a folder, with its weights.
+
+    Raises:
+        ValueError: as `build_skeleton`, and where there are no weights for it.
+    """
+    config = _read_config(str(source))
+    try:
+        return _model_class(config, class_name).from_pretrained(source)
+    except BUILD_ERRORS as error:
+        raise ValueError(f"{source}: the model cannot be loaded: {_short(error)}") from error
+
+
+def _read_config(source: str) -> Any:
+    folder = Path(source).expanduser()
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{source} has no config.json: give a folder that save_pretrained wrote, or a Hub id.")
+    elif source.startswith(("/", ".", "~")) or source.count("/") > 1 or source.endswith("/"):
+        raise ValueError(f"{source}: there is no such folder.")
+    try:
+        return AutoConfig.from_pretrained(str(folder) if folder.exists() else source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        if folder.exists():
+            raise ValueError(f"{source}/config.json is no config of a model: {_short(error)}") from error
+        raise ValueError(
+            f"{source}: no such folder here, and no config.json of that name can be had from the Hub "
+            f"(is the name right, and the Hub reachable?): {_short(error)}"
+        ) from error
+
+
+def _model_class(config: Any, class_name: str | None) -> Any:
+    """The class that builds and loads the model: one of transformers, or an Auto class."""
+    named = [class_name] if class_name else list(getattr(config, "architectures", None) or [])
+    for name in named:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and (hasattr(found, "from_config") or issubclass(found, PreTrainedModel)):
+            return found
+    if class_name:
+        raise ValueError(f"transformers has no model class {class_name}: write one such as AutoModelForCausalLM.")
+    return AutoModel
+
+
+def _compressed_(model: PreTrainedModel, values: Any) -> PreTrainedModel:
+    """Give the model the shapes that a compressed checkpoint has."""
+    values = values if isinstance(values, dict) else values.to_dict()
+    if values.get("quant_method") != QUANT_METHOD:
+        return model  # quantized by others: the structure is that of the float model
+    manifest = fit_manifest(Manifest.from_dict(values), model)
+    weights = {f"{name}.weight": layer.shape for name, layer in manifest.layers.items()}
+    resize_(model, {**manifest.shapes, **weights})
+    set_attributes_(model, manifest.attributes)
+    write_manifest_(model, Manifest({**manifest.shapes, **weights}, manifest.attributes))
+    return model
+
+
+def _short(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

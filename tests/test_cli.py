@@ -1,0 +1,187 @@
+"""The commands: what they print, what they write, and what they say when something is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+import hf_geta.hf_quantizer  # noqa: F401  registers the loader
+from hf_geta import build_qadg
+from hf_geta.cli import main
+from hf_geta.graph.rules import RULES
+
+VALUES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24}
+VALUES |= {"image_size": 32, "patch_size": 8}
+HIDDEN = "vit.layers.{0..2}.mlp.hidden"
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**VALUES)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("vit")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config_only(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("config")
+    shutil.copy(folder / "config.json", path)
+    return path
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+# graph
+
+
+def test_graph_prints_the_search_space_from_a_config_alone(config_only, capsys):
+    status, out, err = run(capsys, "graph", config_only)
+    assert status == 0
+    assert err == ""
+    for words in ("ViTForImageClassification", HIDDEN, "3 x 24", "fc1 rows; fc2 columns", "normalized over"):
+        assert words in out
+    assert "84 groups on 6 axes" in out
+
+
+def test_graph_explains_a_parameter_and_an_axis(config_only, capsys):
+    names = ("vit.layers.1.mlp.fc1.weight", "vit.layers.1.mlp.hidden")
+    status, out, _ = run(capsys, "graph", config_only, "--explain", names[0], "--explain", names[1])
+    assert status == 0
+    assert "dimension 0: vit.layers.1.mlp.hidden, mlp, 24 groups" in out
+    assert "vit.layers.1.mlp.fc2.weight[1]" in out
+
+
+def test_graph_prints_the_same_as_json(config_only, model, capsys):
+    status, out, _ = run(capsys, "graph", config_only, "--json")
+    qadg = build_qadg(model, {"pixel_values": torch.zeros(2, 3, 32, 32)})
+    assert status == 0
+    assert [axis["name"] for axis in json.loads(out)["axes"]] == [axis.name for axis in qadg.axes]
+
+
+def test_graph_draws_a_page(config_only, tmp_path, capsys):
+    status, _, err = run(capsys, "graph", config_only, "--html", tmp_path / "page.html")
+    assert status == 0
+    assert "page.html" in err
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    assert HIDDEN in text
+
+
+def test_graph_shows_a_pruned_model_as_pruned(model, tmp_path, capsys):
+    qadg = build_qadg(model, {"pixel_values": torch.zeros(2, 3, 32, 32)})
+    qadg.prune(model, {"vit.layers.1.mlp.hidden": [0, 5, 9], "vit.layers.0.attention.heads": [1]}).save_pretrained(
+        tmp_path
+    )
+    status, out, _ = run(capsys, "graph", tmp_path, "--json")
+    sizes = {axis["name"]: axis["size"] for axis in json.loads(out)["axes"]}
+    assert status == 0
+    assert [sizes[f"vit.layers.{n}.mlp.hidden"] for n in range(3)] == [24, 21, 24]
+    assert [sizes[f"vit.layers.{n}.attention.heads"] for n in range(3)] == [3, 4, 4]
+
+
+def test_graph_uses_the_users_own_rules(config_only, tmp_path, capsys):
+    code = "import torch\nfrom hf_geta.graph.rules import rule\n\n@rule(torch.ops.aten.gelu)\ndef none(axes, x, *_):\n"
+    (tmp_path / "mine.py").write_text(code + '    axes.freeze(x, "as the user says")\n    return x\n')
+    before = dict(RULES)
+    try:
+        status, out, _ = run(capsys, "graph", config_only, "--rules", tmp_path / "mine.py")
+    finally:
+        RULES.clear()
+        RULES.update(before)
+    assert status == 0
+    assert "as the user says" in out
+    assert HIDDEN not in out
+
+
+def test_an_operator_without_a_rule_is_named_with_the_way_out(config_only, capsys, monkeypatch):
+    import hf_geta.graph.walk as walk
+
+    find = walk.find_rule
+    monkeypatch.setattr(walk, "find_rule", lambda operator: None if "gelu" in str(operator) else find(operator))
+    status, out, _ = run(capsys, "graph", config_only)
+    assert status == 0
+    for words in ("aten.gelu", "vit.layers.{0..2}.mlp", "only costs compression", '@rule("aten::gelu")', "--rules"):
+        assert words in out
+
+
+# verify
+
+
+def test_verify_says_that_the_law_holds(folder, capsys):
+    status, out, _ = run(capsys, "verify", folder)
+    assert status == 0
+    assert out.startswith("The law holds: ")
+
+
+def test_verify_wants_weights(config_only, capsys):
+    status, out, err = run(capsys, "verify", config_only)
+    assert (status, out) == (1, "")
+    assert "cannot be loaded" in err
+
+
+# what is wrong is said in one line, without a traceback
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere/at/all"], "there is no such folder"),
+        (["{empty}"], "has no config.json"),
+        (["{config}", "--class", "Nonsense"], "no model class Nonsense"),
+        (["{config}", "--class", "AutoModelForCausalLM"], "cannot be built as AutoModelForCausalLM"),
+        (["{config}", "--explain", "vit.nothing"], "is no axis and no tensor"),
+        (["{config}", "--image-size", "20"], "Input image size (20*20)"),
+        (["{config}", "--rules", "/nowhere/rules.py"], "no such Python file"),
+        (["{config}", "--rules", "{bad}"], "ZeroDivisionError"),
+        (["{config}", "--html", "/nowhere/page.html"], "/nowhere/page.html"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, config_only, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.py").write_text("1 / 0\n")
+    paths = {"empty": tmp_path / "empty", "config": config_only, "bad": tmp_path / "bad.py"}
+    status, _, err = run(capsys, "graph", *(argument.format(**paths) for argument in arguments))
+    assert status == 1
+    assert err.startswith("hf-geta: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_model_names_the_hub(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    status, _, err = run(capsys, "graph", "no-such-owner/no-such-model")
+    assert status == 1
+    assert "no such folder here, and no config.json of that name can be had from the Hub" in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["graph"], ["graph", "x", "--batch", "0"], ["graph", "x", "--json", "--explain", "y"]]
+)
+def test_wrong_usage_is_status_two(arguments, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    assert "usage: hf-geta" in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "hf_geta", "--help"], capture_output=True, text=True, check=True)
+    assert "graph" in result.stdout
+    assert "verify" in result.stdout

@@ -62,7 +62,8 @@ svg .stem { stroke: var(--c); stroke-dasharray: 1 3; fill: none; opacity: .8; }
 svg .s1 .track { opacity: .62; } svg .first { fill: var(--c); }
 svg .later { fill: var(--paper); stroke: var(--c); stroke-width: 2; } svg .axis { fill: var(--c); }
 svg .row, svg .tie { transition: opacity .12s; }
-.picking .row:not(.on), .picking .tie:not(.on) { opacity: .16; } .picking .on .track { stroke-width: 4; opacity: 1; }
+.picking .row:not(.on), .picking .tie:not(.on) { opacity: .16; } .picking .free:not(.on) { fill: var(--frozen); }
+.picking .on .track { stroke-width: 4; opacity: 1; }
 tr[data-t] { cursor: pointer; } tr.on td { background: color-mix(in srgb, var(--c) 12%, transparent); }
 """
 

@@ -7,10 +7,11 @@ import traceback
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from tests.zoo.configs import tiny_config
@@ -53,7 +54,7 @@ def all_cases(types: Iterable[str] = (), tasks: Iterable[str] = (), one_per_type
     return sorted(cases.values(), key=lambda case: (case.model_type, case.model_class))
 
 
-def build(case: Case) -> torch.nn.Module:
+def build(case: Case) -> PreTrainedModel:
     """A tiny model of a case, with random weights, in eval mode."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -63,7 +64,7 @@ def build(case: Case) -> torch.nn.Module:
     return model_class(fitting(config, model_class)).eval()
 
 
-def fitting(config: PreTrainedConfig, model_class: type) -> PreTrainedConfig:
+def fitting(config: PreTrainedConfig, model_class: Any) -> PreTrainedConfig:
     """The config, or that of its parts which the class is made for, as the auto classes choose it."""
     waiting = [config]
     while waiting:

@@ -21,7 +21,7 @@ VIDEO_TYPES = ("pixel_values_videos", "num_frames", "tubelet_size")
 
 
 # How inputs may be laid out; those that a model does not take fail in its forward.
-LAYOUTS = (
+LAYOUTS: tuple[dict[str, Any], ...] = (
     {},
     {"image_dims": 5},
     {"bins_first": True},
@@ -110,7 +110,8 @@ class Maker:
     # kinds of input
 
     def generic(self) -> dict[str, Any]:
-        given, inputs = self.arguments, {}
+        given = self.arguments
+        inputs: dict[str, Any] = {}
         if "input_ids" in given and len(given & SENSES) and self.layout("text_only"):
             given = given - SENSES - {"image_grid_thw", "grid_thw", "mm_token_type_ids"}
         if {"pixel_values", "pixel_values_videos", "grid_thw"} & given or "flattened_patches" in given:

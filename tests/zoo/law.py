@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_geta import build_qadg
 from hf_geta.graph.qadg import QADG
@@ -139,7 +140,7 @@ def some_groups(qadg: QADG, seed: int) -> dict[str, list[int]]:
     }
 
 
-def check_law(model: nn.Module, inputs: Mapping[str, Any], record: Record, seed: int = 0) -> Record:
+def check_law(model: PreTrainedModel, inputs: Mapping[str, Any], record: Record, seed: int = 0) -> Record:
     """Build the QADG of `model` and hold it to the law; the record says what came of it."""
     randomize_(model, seed)
     record.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -163,7 +164,7 @@ def check_law(model: nn.Module, inputs: Mapping[str, Any], record: Record, seed:
     qadg.zero_(masked_model, removed)
     masked = outputs(masked_model, inputs)
     record.stage = "prune"
-    small = qadg.prune(model, removed)
+    small: Any = qadg.prune(model, removed)
     record.stage = "run pruned"
     pruned = outputs(small, inputs)
     record.pruned_error = distance(masked, pruned)
@@ -205,7 +206,7 @@ def describe(record: Record, qadg: QADG, model: nn.Module) -> None:
                 mask[member.indices.flatten()] = True
     for name, dims in owned.items():
         free = 1
-        for dim, mask in dims.items():
+        for mask in dims.values():
             free *= int((~mask).sum())
         for dim, size in enumerate(tensors[name].shape):
             free *= 1 if dim in dims else size

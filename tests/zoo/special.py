@@ -87,7 +87,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "backbone_config__pretrain_image_size": 64,
         }
     },
-    "mistral4": {"set": {"rope_parameters": DEFAULT_ROPE}},
     "lfm2_moe": {
         "set": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1}
     },
@@ -165,7 +164,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "auxiliary_in_channels": 32,
         }
     },
-    "moonshine_streaming": {"set": {"num_key_value_heads": 2}},
     "hgnet_v2": {"set": HGNET},
     "codegen": {"set": {"n_head": 4, "n_embd": 64, "rotary_dim": 4}},
     "audio-spectrogram-transformer": {
@@ -291,6 +289,30 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "qwen2_vl": {"set": {"vision_config__hidden_size": 48}},
     **{name: {"set": {"image_size": 64, "patch_size": 2}} for name in ("swin", "swinv2", "maskformer-swin")},
+    "ovis2": {"set": {"vocab_size": 99, "hidden_size": 48}},
+    "csm": {"set": {"depth_decoder_config__backbone_hidden_size": 40}},
+    "moonshine_streaming": {"set": {"num_key_value_heads": 6, "head_dim": 8}},
+    "neomme": {"keep": ["head_dim"]},
+    "qwen4_exp": {
+        "set": {
+            "text_config__indexer_n_heads": 2,
+            "text_config__indexer_kv_heads": 1,
+            "text_config__indexer_head_dim": 16,
+            "text_config__indexer_budget": 8,
+            "text_config__indexer_compress_ratio": 2,
+        }
+    },
+    "nemo_speechlm": {
+        "set": {"text_config__mamba_num_heads": 6, "text_config__mamba_head_dim": 16, "text_config__n_groups": 2},
+        "keep": ["chunk_length", "chunk_right_context", "fifo_length", "speaker_cache_update_period"],
+    },
+    "nemotron3_5_transcribe_audio": {
+        "keep": ["chunk_length", "chunk_right_context", "fifo_length", "speaker_cache_update_period"]
+    },
+    "mistral4": {"set": {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "head_dim": 8, "rope_parameters": DEFAULT_ROPE}},
+    "nemotron_h_omni": {
+        "set": {"text_config__mamba_num_heads": 6, "text_config__mamba_head_dim": 16, "text_config__n_groups": 2}
+    },
     "fuyu": {"set": {"patch_size": 8, "text_config__hidden_size": 48}},
     "clap": {"set": {"audio_config__spec_size": 64, "audio_config__num_mel_bins": 16, "audio_config__window_size": 2}},
     "clap_audio_model": {"set": {"spec_size": 32, "num_mel_bins": 8, "window_size": 4}},

@@ -254,7 +254,10 @@ def vision_positions(maker: Any) -> dict[str, Any]:
 
 def stacked_frames(maker: Any) -> dict[str, Any]:
     config = maker.config
-    return {"input_features": torch.randn(maker.batch, 24, config.num_mel_bins * config.num_stacked_frames)}
+    return {
+        "input_features": torch.randn(maker.batch, 24, config.num_mel_bins * config.num_stacked_frames),
+        "input_features_mask": torch.ones(maker.batch, 24, dtype=torch.long),
+    }
 
 
 def robot_views(maker: Any) -> dict[str, Any]:
@@ -302,6 +305,28 @@ def waves_and_targets(maker: Any) -> dict[str, Any]:
     return {**maker.waves(), "decoder_input_ids": maker.tokens(7)}
 
 
+def reading(maker: Any) -> dict[str, Any]:
+    """A line of text to read."""
+    return {"pixel_values": torch.randn(maker.batch, 3, 96, 160)}
+
+
+def long_features(maker: Any) -> dict[str, Any]:
+    bins = maker.find("num_mel_bins")
+    return {
+        "input_features": torch.randn(maker.batch, bins, 200),
+        "input_features_mask": torch.ones(maker.batch, 200, dtype=torch.long),
+    }
+
+
+def packed_grid(maker: Any) -> dict[str, Any]:
+    """Flattened patches of two frames each."""
+    inputs = maker.patch_grid()
+    vision = maker.part("vision")
+    width = 3 * 2 * vision.patch_size**2
+    inputs["pixel_values"] = torch.randn(inputs["pixel_values"].shape[0], width)
+    return {**inputs, "hidden_states": inputs["pixel_values"]}
+
+
 def latents(maker: Any) -> dict[str, Any]:
     width = maker.find("hidden_size", "latent_dim")
     return {"latents": torch.randn(maker.batch, width, 9)}
@@ -316,6 +341,14 @@ def matching_task(maker: Any) -> dict[str, Any]:
 
 SPECIAL: dict[str, Callable[[Any], dict[str, Any]]] = {
     "dia": dia,
+    "pp_ocrv5_mobile_rec": reading,
+    "pp_ocrv5_server_rec": reading,
+    "qwen3_asr_encoder": long_features,
+    "muse_glimmer_vision": packed_grid,
+    "muse_spark_vision": packed_grid,
+    "mimi": noise_of_waves,
+    "mimi_encoder": noise_of_waves,
+    "mimi_decoder": latents,
     "minicpm_ocr_vision": packed_images,
     "minicpmv4_7_vision": packed_images,
     "kimi_k25_vision": patch_images,

@@ -27,7 +27,8 @@ def read_lines(path: Path) -> list[Record]:
 
 def one_line(record: Record) -> str:
     axes = " ".join(f"{kind}:{count}" for kind, count in record.axes.items())
-    return f"{record.stage:12} {record.model_type:28} {record.model_class:44} {record.seconds:6.1f}s  {axes}  {record.reason}"
+    names = f"{record.model_type:28} {record.model_class:44}"
+    return f"{record.stage:12} {names} {record.seconds:6.1f}s  {axes}  {record.reason}"
 
 
 def markdown(records: Sequence[Record]) -> str:
@@ -38,11 +39,12 @@ def markdown(records: Sequence[Record]) -> str:
     ]
     for record in sorted(records, key=lambda record: (record.model_type, record.model_class)):
         axes = ", ".join(f"{count} {kind}" for kind, count in record.axes.items())
+        equal = "yes" if record.lawful else "no" if record.captured else ""
         cells = (
             record.model_type, record.model_class,
             "yes" if record.captured else "no" if record.built else "not built",
             f"{record.build_seconds:.1f}" if record.captured else "", axes,
-            f"{record.share:.0%}" if record.captured else "", "yes" if record.lawful else "no" if record.captured else "",
+            f"{record.share:.0%}" if record.captured else "", equal,
             record.reason.replace("|", "\\|"),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -67,7 +69,10 @@ def _count(what: str, groups: Iterable[Sequence[Record]]) -> str:
     captured = [group for group in built if all(record.captured for record in group)]
     lawful = [group for group in captured if all(record.lawful for record in group)]
     wrong = sum(any(record.stage in ("wrong", "loaded wrong") for record in group) for group in built)
-    return (
-        f"{what}: built {len(built)} of {len(groups)}; captured {len(captured)} ({len(captured) / max(1, len(built)):.1%});"
-        f" lawful {len(lawful)} ({len(lawful) / max(1, len(captured)):.1%} of the captured); wrong without an error {wrong}"
+    parts = (
+        f"built {len(built)} of {len(groups)}",
+        f"captured {len(captured)} ({len(captured) / max(1, len(built)):.1%})",
+        f"lawful {len(lawful)} ({len(lawful) / max(1, len(captured)):.1%} of the captured)",
+        f"wrong without an error {wrong}",
     )
+    return f"{what}: " + "; ".join(parts)

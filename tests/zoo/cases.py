@@ -17,6 +17,7 @@ from transformers.models.auto import modeling_auto
 from tests.zoo.configs import tiny_config
 from tests.zoo.inputs import make_inputs
 from tests.zoo.law import Record, check_law
+from tests.zoo.special import CLASSES
 
 # task -> its auto-mapping, in the order in which a class that several of them list gets its task
 TASKS = {
@@ -59,7 +60,7 @@ def build(case: Case) -> PreTrainedModel:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    config = tiny_config(case.model_type)
+    config = tiny_config(case.model_type, **CLASSES.get(case.model_class, {}))
     model_class = getattr(transformers, case.model_class)
     return model_class(fitting(config, model_class)).eval()
 

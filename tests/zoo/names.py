@@ -67,5 +67,6 @@ SMALL = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 10,
     "attention_window": 8, "num_feature_levels": 3, "downsample_factor": 2, "num_nextn_predict_layers": 0,
     "n_codebooks": 3, "num_quantizers": 3, "target_length": 8, "upsample_groups": 8, "local_radius": 4,
-    "global_block_size": 4, "vocab_size_per_layer_input": 99, "window_size": 4, "num_groups_norm": 4,
+    "global_block_size": 4, "vocab_size_per_layer_input": 99, "window_size": 4, "num_frames": 4,
+    "frames_per_clip": 4,
 }  # fmt: skip

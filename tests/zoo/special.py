@@ -114,15 +114,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "molmo2": {"set": {"adapter_config__vision_feature_layer": [1, 0]}},
     "nemotron3_diarization": {"set": DIARIZATION},
-    "perceiver": {
-        "set": {
-            "d_latents": 48,
-            "d_model": 40,
-            "num_self_attends_per_block": 2,
-            "num_self_attention_heads": 4,
-            "num_cross_attention_heads": 2,
-        }
-    },
     "qwen4_exp_text": {
         "set": {
             "indexer_n_heads": 2,
@@ -145,7 +136,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "local_attn_chunk_length": 4,
             "lsh_attn_chunk_length": 4,
             "hash_seed": 0,
-            "is_decoder": True,
         }
     },
     "xcodec2": {"set": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}},
@@ -269,7 +259,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lightglue": {"keep": ["keypoint_decoder_dim"]},
     "hunyuan_vl": {"set": {"text_config__head_dim": 8, "text_config__rope_parameters": SECTIONS}},
     "hunyuan_vl_text": {"set": {"head_dim": 8, "rope_parameters": SECTIONS}},
-    "xlstm": {"keep": ["chunk_size"]},
+    "xlstm": {
+        "set": {"mlstm_round_up_to_multiple_of": 4, "ffn_round_up_to_multiple_of": 4},
+        "keep": ["chunk_size"],
+    },
     "udop": {"keep": ["relative_attention_num_buckets", "max_2d_position_embeddings"]},
     **{
         name: {"whole": True}
@@ -313,9 +306,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nemotron_h_omni": {
         "set": {"text_config__mamba_num_heads": 6, "text_config__mamba_head_dim": 16, "text_config__n_groups": 2}
     },
+    "perceiver": {
+        "set": {
+            "d_latents": 48,
+            "d_model": 40,
+            "num_self_attends_per_block": 2,
+            "num_self_attention_heads": 4,
+            "num_cross_attention_heads": 1,
+        }
+    },
+    "tvp": {"set": {"visual_prompt_size": 8, "max_img_size": 64, "num_frames": 2, "max_position_embeddings": 64}},
+    "pp_ocrv5_server_det": {"set": {"kernel_list": [3, 2, 2], "scale_factor_list": [1, 2, 4, 8]}},
+    "pi0": {"set": {"dit_config__head_dim": 8, "vlm_config__text_config__head_dim": 8}},
     "fuyu": {"set": {"patch_size": 8, "text_config__hidden_size": 48}},
-    "clap": {"set": {"audio_config__spec_size": 64, "audio_config__num_mel_bins": 16, "audio_config__window_size": 2}},
-    "clap_audio_model": {"set": {"spec_size": 32, "num_mel_bins": 8, "window_size": 4}},
+    "clap": {"set": {"audio_config__spec_size": 128, "audio_config__num_mel_bins": 32, "audio_config__window_size": 4}},
+    "clap_audio_model": {"set": {"hidden_size": 128, "spec_size": 128, "num_mel_bins": 32, "window_size": 4}},
     "clvp": {"set": {"text_config__use_rotary_embedding": False, "speech_config__use_rotary_embedding": False}},
     "dots1": {
         "set": {
@@ -377,3 +382,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "donut-swin": {"set": {"image_size": 64, "patch_size": 2}},
 }
+
+# fields that a class wants otherwise than its siblings
+CLASSES: dict[str, dict[str, Any]] = {"ReformerModelWithLMHead": {"is_decoder": True}}

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch import nn
 
 from hf_geta.graph.axes import AxisNode, find, is_frozen, leaves, reasons
 from hf_geta.graph.capture import TRACING_ERRORS, capture, named_tensors
+from hf_geta.graph.folding import fold_names
 from hf_geta.graph.integers import substitute
 from hf_geta.graph.qadg import QADG, Axis, Frozen, Member, Operation
 from hf_geta.graph.rules.context import Contraction
 from hf_geta.graph.search_space import SearchSpace
+from hf_geta.graph.table import explain_missing_rules
 from hf_geta.graph.verify import Law, ShapeLaw, failing, other_inputs
 from hf_geta.graph.walk import Walk
 from hf_geta.quantization.quantizers import Quantizer
@@ -27,7 +29,9 @@ logger = logging.getLogger(__name__)
 CHEAP_MACS, CHEAP_NUMBERS = 5e9, 2e8  # a forward, and the weights, of a model that is tried on its own weights
 
 
-def build_qadg(model: nn.Module, inputs: Mapping[str, Any], verify: bool | None = None) -> QADG:
+def build_qadg(
+    model: nn.Module, inputs: Mapping[str, Any], verify: bool | None = None, optional: Collection[str] = ()
+) -> QADG:
     """The search space of `model`, found by tracing one forward (no architecture is known by name), and tried.
 
     Args:
@@ -36,13 +40,15 @@ def build_qadg(model: nn.Module, inputs: Mapping[str, Any], verify: bool | None 
             forward decides by numbers in tensors.
         verify: run the law, "pruned computes what masked does", on the model's weights (three forwards): True or False,
             or where that is cheap (None), with shapes alone otherwise. What fails is frozen.
+        optional: kinds of axes that are left alone unless they are asked for: "query_head", the queries within each
+            key-value group instead of the groups; "head_dim", the size of a layer's heads instead of the heads.
 
     Raises:
-        ValueError: if the forward does not take these inputs, naming what it takes.
+        ValueError: if the forward does not take these inputs, naming what it takes, or for an unknown kind.
     """
     captured = capture(model, inputs)
     walk = Walk(captured).run()
-    space = SearchSpace(walk, model)
+    space = SearchSpace(walk, model, optional)
     names = {leaf: name for leaf, (name, _) in space.free.items()}
     axes = [
         Axis(name, kind, leaf.size, tuple(Member(slot.tensor, slot.dim, slot.indices) for slot in space.slots[leaf]))
@@ -65,17 +71,19 @@ def build_qadg(model: nn.Module, inputs: Mapping[str, Any], verify: bool | None 
     qadg = QADG(tuple(axes), _frozen(space), tuple(operations), tuple(equations), captured.attributes)
     if verify is not False:
         batches = [inputs, *other_inputs(inputs)] if captured.is_concrete else [inputs]
-        on_weights = captured.is_concrete or (_is_cheap(model, qadg) if verify is None else verify)
+        on_weights = captured.is_concrete or bool(optional) or (_is_cheap(model, qadg) if verify is None else verify)
         for batch in batches:
             qadg = _tried(model, batch, qadg, on_weights)
     logger.info("%s: %s", type(model).__name__, qadg)
+    if missing := explain_missing_rules(qadg):
+        logger.warning("%s", missing)
     return qadg
 
 
 def _tried(model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, on_weights: bool) -> QADG:
     """The search space without the axes that break the law on these inputs."""
     names = [axis.name for axis in qadg.axes]
-    for law_of in (Law, ShapeLaw) if on_weights else (ShapeLaw, Law):
+    for law_of in (Law, ShapeLaw) if on_weights else (ShapeLaw,):
         try:
             law = law_of(model, inputs, qadg)
             failures = failing(names, law)
@@ -84,8 +92,9 @@ def _tried(model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, on_weights: 
         except TRACING_ERRORS as error:
             logger.debug("%s says nothing about %s: %s", law_of.__name__, type(model).__name__, error)
             continue
-        for name, why in failures.items():
-            logger.warning("%s is frozen, since it cannot be pruned: %s", name, why)
+        for why in dict.fromkeys(failures.values()):
+            names = fold_names(name for name, reason in failures.items() if reason == why)
+            logger.warning("%s: frozen, since pruning it fails: %s", ", ".join(names), why)
         return qadg.without({name: f"tried and found wrong: {why}" for name, why in failures.items()})
     return qadg
 

@@ -99,6 +99,14 @@ class TracedInt(int):
     def __neg__(self) -> int:
         return 0 - self
 
+    def __float__(self) -> float:
+        return float(self.as_number())
+
+    def as_number(self) -> int:
+        """The plain value, which has to stay as it is: what is computed from it is no size of anything."""
+        self.equalities.append(Equation(self.expression, int(self), "a number of the forward"))
+        return int(self)
+
 
 def _traced(symbol: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:
     def compute(self: TracedInt, other: Any) -> Any:
@@ -115,6 +123,15 @@ def _traced(symbol: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:
     return compute
 
 
+def _number(name: str) -> Callable[[TracedInt, Any], Any]:
+    def compute(self: TracedInt, other: Any) -> Any:
+        return getattr(self.as_number(), name)(other)
+
+    return compute
+
+
+for _name in ("truediv", "rtruediv", "pow", "rpow"):  # scales, such as size**-0.5
+    setattr(TracedInt, f"__{_name}__", _number(f"__{_name}__"))
 for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod")):
     setattr(TracedInt, f"__{_name}__", _traced(_symbol, reflected=False))
     setattr(TracedInt, f"__r{_name}__", _traced(_symbol, reflected=True))

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hf_geta.graph.axes import AxisNode, Reason, find, freeze, is_frozen, leaves, positions, tags
+from hf_geta.graph.axes import AxisNode, Reason, find, freeze, is_frozen, leaves, positions, tag, tags, unify
 from hf_geta.graph.capture import transient_buffers
+from hf_geta.graph.integers import Attribute
 from hf_geta.graph.realizable import freeze_alone_unrealizable, freeze_unrealizable, names_in
 from hf_geta.graph.rules.context import BATCHED, CONSUMED, CONVOLVED, LOOKED_UP, STACKED
 from hf_geta.graph.walk import Walk
@@ -24,7 +25,11 @@ SUFFIXES = {
     "channel": "channels",
     "expert_hidden": "expert_hidden",
     "embedding": "embedding",
+    "query_head": "query_heads",
+    "head_dim": "head_dim",
 }
+OPTIONAL = ("query_head", "head_dim")  # kinds that are left alone unless they are asked for
+HEAD_SIZE = "the size of a head"  # a tag
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,11 @@ class SearchSpace:
         equations: what int attributes must satisfy, over free leaves and attributes.
     """
 
-    def __init__(self, walk: Walk, model: nn.Module) -> None:
+    def __init__(self, walk: Walk, model: nn.Module, optional: Collection[str] = ()) -> None:
+        if unknown := set(optional) - set(OPTIONAL):
+            raise ValueError(f"optional={sorted(unknown)}: optional axes are {', '.join(OPTIONAL)}.")
         self._walk = walk
+        self._optional = optional
         ignored = set(quantizer_tensors(model))
         self.dims = {
             (name, dim): axis
@@ -64,13 +72,14 @@ class SearchSpace:
         self.free = {leaf: (name, kinds[leaf]) for leaf, name in self._names(kinds).items()}
 
     def _freeze_by_policy(self, transient: Collection[str]) -> None:
-        """Freeze what no operator forbids, but no pruned model could do."""
+        """Freeze what no operator forbids, but no pruned model could do, or nobody asked for."""
+        self._settle_head_sizes()
         owners = Counter(leaf for axis in self.dims.values() for leaf in set(leaves(axis)))
         for (name, _), axis in self.dims.items():
             for leaf in leaves(axis):
                 if name in transient:
                     freeze(leaf, Reason(f"{name} is rebuilt by the model's code, not loaded"))
-                if CONSUMED not in tags(leaf):
+                if not tags(leaf) & {CONSUMED, HEAD_SIZE}:
                     freeze(leaf, Reason("nothing sums over it with a weight"))
                 if leaf.size == 1:
                     freeze(leaf, Reason("it has one entry"))
@@ -79,25 +88,41 @@ class SearchSpace:
                 for leaf in leaves(part) if isinstance(part, AxisNode) else ():
                     if leaf not in owners:
                         freeze(leaf, Reason("no parameter has it"))
-        self._freeze_head_sizes()
         self._freeze_rivals(owners)
 
-    def _freeze_head_sizes(self) -> None:
-        """Freeze an outer dimension of a product of two activations where a parameter has it beside the batched one."""
+    def _settle_head_sizes(self) -> None:
+        """Freeze sizes of heads, if not asked for: what products of activations sum over, or have beside their heads.
+
+        An outer dimension of such a product is one where a parameter has it beside the batched one.
+        """
         beside: dict[AxisNode, set[AxisNode]] = {}
         for one in {one for axis in self.dims.values() for one in _products(axis)}:
             factors = [set(leaves(part)) for part in one.parts]
             for number, factor in enumerate(factors):
                 for leaf in factor:
                     beside.setdefault(leaf, set()).update(*factors[:number], *factors[number + 1 :])
-        for batch, outer in self._walk.axes.outer:
+        sizes = [(leaf, reason) for axis, reason in self._walk.axes.summed for leaf in leaves(axis)]
+        for batch, outer, reason in self._walk.axes.outer:
             heads = set(leaves(batch))
-            for leaf in leaves(outer):
-                if heads & beside.get(leaf, set()):
-                    freeze(leaf, Reason("an outer dimension of a product over heads: the size of a head"))
+            sizes += [(leaf, reason) for leaf in leaves(outer) if heads & beside.get(leaf, set())]
+        for leaf, reason in sizes:
+            if "head_dim" in self._optional:
+                tag(leaf, HEAD_SIZE)
+            else:
+                freeze(leaf, reason)
+        self._tie_head_sizes()
+
+    def _tie_head_sizes(self) -> None:
+        """Queries and values of a head are different axes; where one attribute states both sizes, they go together."""
+        stated: dict[Attribute, AxisNode] = {}
+        for attribute, axis, *_ in self._walk.axes.equations:
+            if not isinstance(attribute, Attribute) or not isinstance(axis, AxisNode):
+                continue
+            if HEAD_SIZE in tags(axis) and not find(axis).parts:
+                unify(stated.setdefault(attribute, axis), axis)
 
     def _freeze_rivals(self, owners: Counter[AxisNode]) -> None:
-        """In a product only one factor is pruned, or groups would overlap: the one in most tensors, else the outermost.
+        """In a product only one factor is pruned, or groups would overlap: by `_preference`, else the outermost.
 
         What the integers of the forward cannot follow, such as a literal number of shards, is no rival.
         """
@@ -106,20 +131,29 @@ class SearchSpace:
         freeze_alone_unrealizable(contested, self._walk.axes.equations, self._walk.captured.attributes)
         for one in products:
             rivals = _rivals(one)
-            best = max(rivals, key=lambda factor: max(owners[leaf] for leaf in factor), default=[])
+            best = max(rivals, key=lambda factor: max(self._preference(leaf, owners) for leaf in factor), default=[])
             for factor in rivals:
                 for leaf in factor:
                     if factor is not best or any(leaf in other for other in rivals if other is not factor):
                         freeze(leaf, Reason("it shares its entries with an axis of more tensors"))
 
+    def _preference(self, leaf: AxisNode, owners: Counter[AxisNode]) -> tuple[bool, int]:
+        """Of rivals the one that was asked for goes first, then the one in most tensors."""
+        is_query_head = "query_head" in self._optional and BATCHED in tags(leaf)
+        return HEAD_SIZE in tags(leaf), -owners[leaf] if is_query_head else owners[leaf]
+
     def _kind(self, leaf: AxisNode) -> str:
         noted = tags(leaf)
+        if HEAD_SIZE in noted:
+            return "head_dim"
         if BATCHED in noted:
             for axis in self._walk.axes.heads:
                 parts = [find(part) for part in find(axis).parts if find(axis).is_product]
                 queries = [other for part in parts if part is not leaf for other in leaves(part)]
                 if leaf in parts and any(0 < self._entries(one) < self._entries(leaf) for one in queries):
                     return "kv_group"
+                if leaf in parts and any(self._entries(one) > self._entries(leaf) for one in queries):
+                    return "query_head"
             return "attention_head"
         if CONVOLVED in noted:
             return "channel"
@@ -137,12 +171,14 @@ class SearchSpace:
         near = {leaf: _join(_common_path(paths), kinds[leaf]) for leaf, paths in modules.items()}
         shared = Counter(near.values())
         names: dict[AxisNode, str] = {}
+        taken: set[str] = set()
         for leaf, paths in modules.items():
             distance = max(map(len, paths)) - len(_common_path(paths))
             is_own = distance <= MAX_DISTANCE and shared[near[leaf]] == 1
             name = near[leaf] if is_own else _join(paths[0], kinds[leaf])
-            taken = sum(other == name for other in names.values())
-            names[leaf] = f"{name}.{taken}" if taken else name
+            numbered = (f"{name}.{number}" for number in itertools.count(1))
+            names[leaf] = next(one for one in itertools.chain([name], numbered) if one not in taken)
+            taken.add(names[leaf])
         return names
 
 

@@ -21,7 +21,7 @@ class QuantizedLayer(nn.Module):
     """What the three layers share: y = Q_w(weight) applied to Q_x(input), the bias in float.
 
     Made from a layer in place by `quantize_modules_`: module, parameters and hooks stay the same objects.
-    `input_quantizer` is None where the input stays in float.
+    `input_quantizer` is None where the input stays in float; `float_class` is what the layer was.
     """
 
     channel_dim: ClassVar[int] = 0  # of the weight: the output channels
@@ -29,6 +29,7 @@ class QuantizedLayer(nn.Module):
     bias: Any
     weight_quantizer: Quantizer
     input_quantizer: Quantizer | None
+    float_class: type[nn.Module]
 
     def _product(self, x: Tensor) -> Product | None:
         """The layer's fused product; None where there is none for its options or for the shape of x."""
@@ -111,12 +112,12 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
     quantizers: dict[tuple[int, int], Quantizer] = {}
     names = []
     for name, module in list(model.named_modules()):
-        if type(module) not in QUANTIZED_CLASSES or name in skipped or "weight" not in module._parameters:
+        if name in skipped or "weight" not in module._parameters or (quantized := _quantized_class(module)) is None:
             continue
-        quantized = QUANTIZED_CLASSES[type(module)]
         key = (id(module.weight), quantized.channel_dim)
         if key not in quantizers:
             quantizers[key] = _weight_quantizer(name, module, quantized.channel_dim, config)
+        module.float_class = type(module)
         module.__class__ = quantized  # the same module: hooks, names and references to it stay valid
         module.weight_quantizer = quantizers[key]
         module.input_quantizer = None
@@ -134,11 +135,31 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
 
 def restore_modules_(model: nn.Module) -> None:
     """Undo `quantize_modules_`: the float layers again, with the same parameters."""
-    floats = {quantized: plain for plain, quantized in QUANTIZED_CLASSES.items()}
     layers: dict[str, Any] = dict(quantized_layers(model))
     for layer in layers.values():
-        layer.__class__ = floats[type(layer)]
-        del layer.weight_quantizer, layer.input_quantizer
+        layer.__class__ = layer.float_class
+        del layer.weight_quantizer, layer.input_quantizer, layer.float_class
+
+
+def _quantized_class(module: nn.Module) -> type[QuantizedLayer] | None:
+    """What a layer turns into; a subclass of Linear, such as Falcon's, if its own forward computes what Linear's does.
+
+    Subclasses without a forward of their own are marks, such as torch's for layers whose weight is used elsewhere.
+    """
+    if type(module) in QUANTIZED_CLASSES:
+        return QUANTIZED_CLASSES[type(module)]
+    is_linear = isinstance(module, nn.Linear) and not isinstance(module, QuantizedLayer)
+    has_own = is_linear and type(module).forward is not nn.Linear.forward
+    return QuantLinear if has_own and _computes_a_linear_map(module) else None
+
+
+@torch.no_grad()
+def _computes_a_linear_map(module: Any) -> bool:
+    """Tried on two rows; with tensors beside weight and bias, or none to try it on, the answer is no."""
+    if module._buffers or module._modules or set(module._parameters) - {"weight", "bias"} or module.weight.is_meta:
+        return False
+    x = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(module.weight)
+    return torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias), rtol=1e-3, atol=1e-5)
 
 
 def _weight_quantizer(name: str, module: nn.Module, channel_dim: int, config: GETAConfig) -> Quantizer:

@@ -24,6 +24,7 @@ from hf_geta.quantization import (
     Quantizer,
     QuantLinear,
     calibrate_,
+    layers,
     quantize_modules_,
     quantized_layers,
 )
@@ -346,3 +347,20 @@ def test_the_quantized_product_of_a_meta_model_waits_for_nothing():
     y = model(torch.empty(2, 6, device="meta"))
     y.sum().backward()
     assert model[0].weight.grad.shape == (5, 6)
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+def test_a_subclass_is_quantized_if_it_computes_a_linear_map_and_is_restored_as_what_it_was():
+    model = nn.Sequential(OwnLinear(6, 5), ScaledLinear(5, 4))
+    assert quantize_modules_(model, GETAConfig(weight_bits=(4, 8))) == ["0"]
+    layers.restore_modules_(model)
+    assert [type(module) for module in model] == [OwnLinear, ScaledLinear]

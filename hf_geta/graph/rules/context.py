@@ -51,14 +51,16 @@ class Contraction:
 class Axes:
     """The state of one analysis and, for the rule at work, the operator in question.
 
-    `heads` are the batch dimensions of products of two activations, `outer` pairs them with the others of the result.
+    Of products of two activations, `heads` are the batch dimensions, `outer` pairs them with the others of the result,
+    and `summed` has those that are summed over: sizes of heads, which stay unless they are asked for.
     `node` is the operator's graph node, `shape` the shape of its result (a list of shapes for several results).
     """
 
     equations: list[Equation] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     heads: list[AxisNode] = field(default_factory=list)
-    outer: list[tuple[AxisNode, AxisNode]] = field(default_factory=list)
+    outer: list[tuple[AxisNode, AxisNode, Reason]] = field(default_factory=list)
+    summed: list[tuple[AxisNode, Reason]] = field(default_factory=list)
     node: Any = None
     operator: str = ""
     module: str = ""
@@ -134,12 +136,13 @@ class Axes:
                 if any(operand.parameter for operand in holders[label]):
                     tag(axis, CONSUMED)
                 else:
-                    self.freeze(axis, "summed over in a product of two activations")
+                    self.summed.append((axis, Reason("the size of a head", self.operator, self.module)))
             elif weight is None and label in batched:  # also where one key's head is broadcast to all queries'
                 tag(axis, BATCHED)
                 self.heads.append(axis)
             elif weight is None:
-                self.outer += [(merged[batch], axis) for batch in batched]
+                reason = Reason("the size of a head", self.operator, self.module)
+                self.outer += [(merged[batch], axis, reason) for batch in batched]
         self.count(weight, list(merged.values()), name)
         return TensorAxes.of(merged[label] for label in result)
 

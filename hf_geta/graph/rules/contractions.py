@@ -163,9 +163,14 @@ def attention(
     key: TensorAxes,
     value: TensorAxes,
     mask: TensorAxes | None = None,
-    *_options: Any,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *_: Any,
 ) -> TensorAxes:
     """Queries (..., heads, tokens, size), keys and values (..., key-value heads, places, size)."""
+    if scale is None:
+        axes.freeze((query[-1], key[-1]), "scores are scaled by its size")
     batch = [f"batch {dim}" for dim in range(len(query) - 2)]
     if len(batch) and query[-3].size != key[-3].size:  # grouped queries: heads are (key-value head, its queries)
         key_head, _queries = align([query[-3]], (key[-3].size, query[-3].size // key[-3].size))

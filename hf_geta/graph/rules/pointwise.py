@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hf_geta.graph.integers import TracedInt
 from hf_geta.graph.rules.context import Axes, TensorAxes
 from hf_geta.graph.rules.registry import rule
 
@@ -28,6 +29,9 @@ LIKE = (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.r
 )
 def pointwise(axes: Axes, *arguments: Any) -> TensorAxes:
     operands = [argument for argument in arguments if isinstance(argument, TensorAxes)]
+    for argument in arguments:
+        if isinstance(argument, TracedInt):
+            axes.require(argument, int(argument), "a number of the forward")
     result = axes.broadcast(operands, axes.shape)
     result.parameter = _weight(axes.node, arguments, result.sizes)
     return result

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from hf_geta import build_qadg
@@ -61,6 +62,7 @@ def randomize_(model: nn.Module, seed: int = 0) -> None:
     """Weights that nothing cancels: every layer counts, every output is finite."""
     torch.manual_seed(seed)
     embeddings = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
+    convolutions = {id(one.weight) for one in model.modules() if isinstance(one, _ConvNd)}
     for name, parameter in model.named_parameters():
         if not (parameter.is_floating_point() and parameter.requires_grad):  # fixed sinusoids are never saved
             continue
@@ -70,7 +72,7 @@ def randomize_(model: nn.Module, seed: int = 0) -> None:
         elif id(parameter) in embeddings:
             parameter.copy_(0.5 * noise)
         elif sum(size > 1 for size in parameter.shape) > 1:
-            fan_in = parameter.shape[-1] if "expert" in name else math.prod(parameter.shape[1:])
+            fan_in = math.prod(parameter.shape[1:]) if id(parameter) in convolutions else parameter.shape[-1]
             parameter.copy_(noise * min(0.5, 1.2 * max(1, fan_in) ** -0.5))
         elif "bias" in word:
             parameter.copy_(0.3 * noise)

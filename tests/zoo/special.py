@@ -302,7 +302,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nemotron3_5_transcribe_audio": {
         "keep": ["chunk_length", "chunk_right_context", "fifo_length", "speaker_cache_update_period"]
     },
-    "mistral4": {"set": {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "head_dim": 8, "rope_parameters": DEFAULT_ROPE}},
+    "mistral4": {
+        "set": {
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "head_dim": 8,
+            "rope_parameters": {**DEFAULT_ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64},
+        }
+    },
     "nemotron_h_omni": {
         "set": {"text_config__mamba_num_heads": 6, "text_config__mamba_head_dim": 16, "text_config__n_groups": 2}
     },
@@ -384,4 +391,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 # fields that a class wants otherwise than its siblings
-CLASSES: dict[str, dict[str, Any]] = {"ReformerModelWithLMHead": {"is_decoder": True}}
+CLASSES: dict[str, dict[str, Any]] = {
+    "ReformerModelWithLMHead": {"is_decoder": True},
+    "BeitForSemanticSegmentation": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "Data2VecVisionForSemanticSegmentation": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "PerceiverForImageClassificationFourier": {"num_cross_attention_heads": 1},
+}

@@ -7,10 +7,11 @@ transformers loads the tensors by name as for any model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -65,6 +66,7 @@ class GETAHfQuantizer(HfQuantizer):
         replace_with_packed_(model, manifest.layers)
         for name, layer in _packed_layers(model):
             layer.weight_dtype = dtypes[f"{name}.weight"]
+        _let_sizes_be_(model, [*manifest.shapes, *weights])
         self._manifest, self._dtypes = manifest, dtypes
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
@@ -75,6 +77,8 @@ class GETAHfQuantizer(HfQuantizer):
         )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for part in _parts(model):
+            part.__dict__.pop("_init_weights", None)
         for _, layer in _packed_layers(model):
             layer.codes()  # back in their place, where the model was spread over devices
         _check_loaded(model, self._shapes)
@@ -105,6 +109,26 @@ def _float_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
         expression = re.compile(pattern.replace("*", ".*"))
         dtypes.update({name: planned for name in dtypes if expression.search(name)})
     return dtypes
+
+
+def _parts(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The model and the models inside it."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _let_sizes_be_(model: PreTrainedModel, tensors: Iterable[str]) -> None:
+    """While it loads, let no `_init_weights` stop at a smaller tensor: its numbers come from the file."""
+    smaller = {model.get_submodule(name.rpartition(".")[0]) for name in tensors}
+    for part in _parts(model):
+
+        def initialize(module: nn.Module, original: Callable[[nn.Module], None] = part._init_weights) -> None:
+            try:
+                original(module)
+            except RuntimeError:
+                if module not in smaller:
+                    raise
+
+        part._init_weights = initialize  # type: ignore[method-assign]
 
 
 def _packed_layers(model: PreTrainedModel) -> Iterator[tuple[str, PackedLayer]]:

@@ -111,7 +111,7 @@ def _update_sizes_(model: nn.Module) -> None:
                 for name, dim in attributes.items():
                     setattr(module, name, weight.shape[dim])
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            module.normalized_shape = tuple(weight.shape)
+            module.normalized_shape = tuple(weight.shape[-len(module.normalized_shape) :])
         if isinstance(module, nn.modules.conv._ConvNd):
             _update_convolution_(module, weight)
     for module in model.modules():

@@ -83,6 +83,8 @@ class TracedInt(int):
         return self
 
     def __eq__(self, other: object) -> bool:
+        if isinstance(other, torch.SymInt):
+            return int(self) == other
         same = int.__eq__(self, other)
         if same is True:
             self.equalities.append(Equation(self.expression, expression_of(other), "compared in Python"))
@@ -130,6 +132,15 @@ def _number(name: str) -> Callable[[TracedInt, Any], Any]:
     return compute
 
 
+def _comparison(name: str) -> Callable[[TracedInt, Any], Any]:
+    def compare(self: TracedInt, other: Any) -> Any:
+        return getattr(operator, name)(int(self), other)  # also with a SymInt, which does not mix with kinds of int
+
+    return compare
+
+
+for _name in ("lt", "le", "gt", "ge"):
+    setattr(TracedInt, f"__{_name}__", _comparison(_name))
 for _name in ("truediv", "rtruediv", "pow", "rpow"):  # scales, such as size**-0.5
     setattr(TracedInt, f"__{_name}__", _number(f"__{_name}__"))
 for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod")):

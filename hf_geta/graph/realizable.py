@@ -35,8 +35,8 @@ def freeze_unrealizable(equations: Iterable[Equation], attributes: Values) -> li
     remaining: list[Equation] = []
     for component in components(_over_free_leaves(equations)):
         samples = 0
-        while samples < SAMPLES:
-            sizes = {leaf: generator.randint(1, leaf.size - 1) for leaf in _axes_in(component)}
+        while samples < SAMPLES and (concerned := _axes_in(component)):
+            sizes = {leaf: generator.randint(1, leaf.size - 1) for leaf in concerned}
             try:
                 solve(component, sizes, attributes)
                 samples += 1
@@ -117,13 +117,11 @@ def _size_expression(leaf: object) -> Expression:
     return total
 
 
-def _freeze_unsolvable(equation: Equation, equations: Collection[Equation]) -> None:
+def _freeze_unsolvable(equation: Equation, component: Collection[Equation]) -> None:
     """Freeze the leaves of an equation or, where it has none, those that its attributes depend on."""
-    concerned = _axes_in([equation])
-    if not concerned:
-        names = names_in(equation)
-        concerned = _axes_in(other for other in equations if names_in(other).keys() & names.keys())
-    for leaf in concerned:
+    names = names_in(equation)
+    touching = [other for other in component if names_in(other).keys() & names.keys()]
+    for leaf in _axes_in([equation]) or _axes_in(touching) or _axes_in(component):
         freeze(leaf, _reason(equation))
     logger.debug("%s: %s == %s has no solution", _reason(equation), equation.left, equation.right)
 

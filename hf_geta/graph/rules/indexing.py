@@ -15,7 +15,7 @@ from hf_geta.graph.rules.views import slice_
 
 aten = torch.ops.aten
 
-BY_NUMBER = "chosen by number"
+BY_NUMBER, DRAWN = "chosen by number", "as many numbers are drawn at random"
 
 
 @rule(aten.embedding)
@@ -80,10 +80,27 @@ def grid_sampler(axes: Axes, x: TensorAxes, grid: TensorAxes, *_: Any) -> Tensor
     return TensorAxes.of((batch, x[1], *grid[1:-1]))
 
 
-@rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn, aten.scalar_tensor, aten.empty_strided)
+@rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.scalar_tensor, aten.empty_strided)
 def created(axes: Axes, sizes: Any, *_: Any) -> TensorAxes:
-    """A tensor whose entries are all alike (or random) fits whatever it meets, at the size the forward asks for."""
+    """A tensor whose entries are all alike fits whatever it meets, at the size the forward asks for."""
     return _created(axes, sizes)
+
+
+@rule(aten.rand, aten.randn, aten.randint, aten.randperm)
+def drawn(axes: Axes, *arguments: Any) -> TensorAxes:
+    """Fewer numbers would be other numbers."""
+    result = axes.frozen(axes.shape, DRAWN)
+    sizes = next((one for one in arguments if isinstance(one, list)), [])
+    for axis, size in zip(result, sizes, strict=False):
+        axes.require(size, axis, DRAWN)
+    return result
+
+
+@rule(aten.rand_like, aten.randn_like, aten.randint_like, aten.bernoulli, aten.normal, aten.multinomial)
+def drawn_like(axes: Axes, *arguments: Any) -> TensorAxes:
+    for tensor in arguments:
+        axes.freeze(tensor if isinstance(tensor, TensorAxes) else (), DRAWN)
+    return axes.frozen(axes.shape, DRAWN)
 
 
 @rule(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)

@@ -21,12 +21,10 @@ COPIES = (
     *(aten.type_as, aten.view_as_real_copy, aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.conj),
 )
 LOGIC = (aten.__and__, aten.__or__, aten.__xor__, aten.masked_fill, aten.fill, aten.zero, aten.copy, aten.hardswish)
-LIKE = (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like)
+LIKE = (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like)
 
 
-@rule(
-    torch.Tag.pointwise, *LOGIC, aten.where, aten.log_sigmoid, aten.floor_divide, aten.prelu, aten.isin, aten.bernoulli
-)
+@rule(torch.Tag.pointwise, *LOGIC, aten.where, aten.log_sigmoid, aten.floor_divide, aten.prelu, aten.isin)
 def pointwise(axes: Axes, *arguments: Any) -> TensorAxes:
     operands = [argument for argument in arguments if isinstance(argument, TensorAxes)]
     for argument in arguments:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.special_inputs import SPECIAL
+from tests.zoo.special_inputs import SPECIAL, choices
 
 BATCH, LENGTH, TARGETS = 2, 9, 7
 AUDIO_FRAMES, SAMPLES = 64, 1600
@@ -69,6 +69,8 @@ class Maker:
     def make(self) -> dict[str, Any]:
         """Arguments of the forward."""
         special = next((SPECIAL[key] for key in self.keys() if key in SPECIAL), None)
+        if special is None and type(self.model).__name__.endswith("MultipleChoice"):
+            special = choices
         inputs = special(self) if special else self.generic()
         return {name: value for name, value in inputs.items() if name in self.arguments or self.open_ended}
 
@@ -124,7 +126,10 @@ class Maker:
             inputs |= self.series()
         if "input_ids" in given:
             inputs |= self.text(inputs)
-        if "decoder_input_ids" in given:
+        name = type(self.model).__name__
+        if "decoder_input_ids" in given and "SequenceClassification" in name:  # the decoder reads the text once more
+            inputs["input_ids"][:, -1] = getattr(self.config, "eos_token_id", None) or 2
+        elif "decoder_input_ids" in given:
             inputs["decoder_input_ids"] = self.tokens(length=TARGETS, side="decoder")
         if "bbox" in given:
             inputs["bbox"] = self.boxes()
@@ -263,7 +268,8 @@ class Maker:
         return inputs
 
     def waves(self) -> dict[str, Any]:
-        shape = (self.batch, SAMPLES) if self.layout("wave_dims", 2) == 2 else (self.batch, 1, SAMPLES)
+        samples = 4 * SAMPLES if "XVector" in type(self.model).__name__ else SAMPLES
+        shape = (self.batch, samples) if self.layout("wave_dims", 2) == 2 else (self.batch, 1, samples)
         return {"input_values": torch.randn(shape)}
 
     def series(self) -> dict[str, Any]:

@@ -60,6 +60,12 @@ class Shrinker:
         for name, value in given.items():
             values[name] = self._value(name, value, config, layers, picked)
         fields = {field.name for field in dataclasses.fields(config)}
+        if "pad_token_id" in fields and read(config, "pad_token_id") is None:
+            values["pad_token_id"] = 0
+        if read(config, "is_encoder_decoder") and values.get("decoder_start_token_id") is None:
+            values["decoder_start_token_id"] = 0
+        if "vocab_size" in fields and read(config, "vocab_size") is None:
+            values["vocab_size"] = 99
         if "head_dim" in fields and read(config, "head_dim") is None and "num_attention_heads" in fields:
             values["head_dim"] = HEAD_SIZE
         values.update(picked_lists(config, layers, picked))

@@ -392,6 +392,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 # fields that a class wants otherwise than its siblings
 CLASSES: dict[str, dict[str, Any]] = {
+    "DetrForSegmentation": {"d_model": 64, "encoder_attention_heads": 8, "decoder_attention_heads": 8},
     "ReformerModelWithLMHead": {"is_decoder": True},
     "BeitForSemanticSegmentation": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
     "Data2VecVisionForSemanticSegmentation": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},

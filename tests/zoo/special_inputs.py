@@ -30,6 +30,13 @@ def query_former(maker: Any) -> dict[str, Any]:
     }
 
 
+def separated(maker: Any) -> dict[str, Any]:
+    """A question and a text, each ended by separators."""
+    inputs = maker.text({})
+    inputs["input_ids"][:, [3, 4, 8]] = maker.config.sep_token_id
+    return inputs
+
+
 def canine_choice(maker: Any) -> dict[str, Any]:
     ids = torch.randint(1, 90, (maker.batch, 3, 16))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -341,6 +348,7 @@ def matching_task(maker: Any) -> dict[str, Any]:
 
 SPECIAL: dict[str, Callable[[Any], dict[str, Any]]] = {
     "dia": dia,
+    "LongformerForQuestionAnswering": separated,
     "pp_ocrv5_mobile_rec": reading,
     "pp_ocrv5_server_rec": reading,
     "qwen3_asr_encoder": long_features,

@@ -22,6 +22,7 @@ import huggingface_hub
 import transformers
 
 from hf_geta.checkpoint.models import build_skeleton, load_model
+from hf_geta.config import OPTIONAL_AXES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +49,8 @@ def graph(options: argparse.Namespace) -> int:
     for file in options.rules:
         import_rules(file)
     model = build_skeleton(options.model, options.model_class)
-    qadg = build_qadg(model, example_inputs(model, options.batch, options.length, options.image_size))
+    inputs = example_inputs(model, options.batch, options.length, options.image_size)
+    qadg = build_qadg(model, inputs, optional=options.optional)
     tensors, name = Tensors.of(model), type(model).__name__
     if options.explain:
         print("\n\n".join(qadg.explain(one) for one in options.explain))
@@ -72,7 +74,8 @@ def verify(options: argparse.Namespace) -> int:
     for file in options.rules:
         import_rules(file)
     model = load_model(options.model, options.model_class)
-    qadg = build_qadg(model, example_inputs(model, options.batch, options.length, options.image_size))
+    inputs = example_inputs(model, options.batch, options.length, options.image_size)
+    qadg = build_qadg(model, inputs, optional=options.optional)
     others = example_inputs(model, options.batch + 1, options.length + 3, options.image_size)
     result = verify_qadg(model, others, qadg)
     print(f"{'The law holds' if result.holds else 'The law does not hold'}: {result}")
@@ -145,6 +148,13 @@ def _command(commands: Any, name: str, run: Callable[..., int], what: str, more:
     command.add_argument("--batch", type=_positive, default=2, help="samples of the batch (default: 2)")
     command.add_argument("--length", type=_positive, default=16, help="tokens of each (default: 16)")
     command.add_argument("--image-size", type=_positive, help="pixels a side (default: as the config says)")
+    command.add_argument(
+        "--optional",
+        action="append",
+        default=[],
+        choices=OPTIONAL_AXES,
+        help="a kind of axis instead of its rival: queries, not key-value groups; sizes of heads, not heads",
+    )
     command.add_argument(
         "--rules", type=Path, action="append", default=[], metavar="FILE.py", help="rules of your own for operators"
     )

@@ -75,7 +75,8 @@ def prepare_model(
     for name, value in itertools.chain.from_iterable(batch.items() for batch in (inputs, *batches)):
         if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
             raise ValueError(f"{name} holds NaN: check the data and its preprocessing.")
-    qadg = build_qadg(model, inputs, verify=True)  # a wrong graph never costs a training run
+    # tried on the weights, so that a wrong graph never costs a training run
+    qadg = build_qadg(model, inputs, verify=True, optional=config.optional_axes)
     if config.group_sparsity > 0 and not qadg.axes:
         raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
     with contextlib.ExitStack() as undo:

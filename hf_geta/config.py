@@ -13,6 +13,7 @@ from typing import Any
 
 GRANULARITIES = ("tensor", "channel")
 SALIENCIES = ("magnitude", "taylor", "fisher")
+OPTIONAL_AXES = ("query_head", "head_dim")  # kinds that are left alone unless they are asked for
 MIN_BITS, MAX_BITS = 2, 16
 
 
@@ -70,6 +71,13 @@ class GETAConfig:
         default=1,
         metadata={"help": "Kept sizes of axes longer than this are multiples of it (8, 16, 32: what hardware likes)."},
     )
+    optional_axes: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={
+            "help": "Kinds of axes to prune instead of their rivals: 'query_head', the queries within each key-value "
+            "group, not the groups; 'head_dim', the size of a layer's heads, not the heads."
+        },
+    )
     quantizer_learning_rate: float = dataclasses.field(
         default=1e-3,
         metadata={
@@ -84,9 +92,9 @@ class GETAConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "modules_to_not_convert"):
+        for name in ("weight_bits", "activation_bits", "optional_axes", "modules_to_not_convert"):
             value = getattr(self, name)
-            if name == "modules_to_not_convert" and isinstance(value, str):
+            if name in ("optional_axes", "modules_to_not_convert") and isinstance(value, str):
                 value = [value]
             if isinstance(value, list | tuple):
                 object.__setattr__(self, name, tuple(value))
@@ -102,6 +110,8 @@ class GETAConfig:
             self._check_bits("activation_bits")
         _check_choice("granularity", self.granularity, GRANULARITIES)
         _check_choice("saliency", self.saliency, SALIENCIES)
+        for kind in self.optional_axes:
+            _check_choice("optional_axes", kind, OPTIONAL_AXES)
         for name in ("bit_reduction", "pruning_periods", "min_groups", "group_divisible", "calibration_batches"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"{name}={value}: write a whole number, 1 or more.")

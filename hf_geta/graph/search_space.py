@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from hf_geta.config import OPTIONAL_AXES
 from hf_geta.graph.axes import AxisNode, Reason, find, freeze, is_frozen, leaves, positions, tag, tags, unify
 from hf_geta.graph.capture import transient_buffers
 from hf_geta.graph.integers import Attribute
@@ -28,7 +29,6 @@ SUFFIXES = {
     "query_head": "query_heads",
     "head_dim": "head_dim",
 }
-OPTIONAL = ("query_head", "head_dim")  # kinds that are left alone unless they are asked for
 HEAD_SIZE = "the size of a head"  # a tag
 
 
@@ -51,8 +51,8 @@ class SearchSpace:
     """
 
     def __init__(self, walk: Walk, model: nn.Module, optional: Collection[str] = ()) -> None:
-        if unknown := set(optional) - set(OPTIONAL):
-            raise ValueError(f"optional={sorted(unknown)}: optional axes are {', '.join(OPTIONAL)}.")
+        if unknown := set(optional) - set(OPTIONAL_AXES):
+            raise ValueError(f"optional={sorted(unknown)}: optional axes are {', '.join(OPTIONAL_AXES)}.")
         self._walk = walk
         self._optional = optional
         ignored = set(quantizer_tensors(model))

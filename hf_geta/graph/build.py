@@ -13,13 +13,14 @@ from typing import Any
 from torch import nn
 
 from hf_geta.graph.axes import AxisNode, find, is_frozen, leaves, reasons
-from hf_geta.graph.capture import TRACING_ERRORS, capture, named_tensors
+from hf_geta.graph.capture import TRACING_ERRORS, capture
 from hf_geta.graph.folding import fold_names
 from hf_geta.graph.integers import substitute
 from hf_geta.graph.qadg import QADG, Axis, Frozen, Member, Operation
 from hf_geta.graph.rules.context import Contraction
 from hf_geta.graph.search_space import SearchSpace
 from hf_geta.graph.table import explain_missing_rules
+from hf_geta.graph.tracing import named_tensors
 from hf_geta.graph.verify import Law, ShapeLaw, failing, other_inputs
 from hf_geta.graph.walk import Walk
 from hf_geta.quantization.quantizers import Quantizer

@@ -6,10 +6,8 @@ itself are never touched.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,17 +16,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export.graph_signature import InputKind
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from hf_geta.graph.integers import Attribute, Equation
 from hf_geta.graph.recording import IntegerRecorder, trace_attributes_
+from hf_geta.graph.tracing import Trace, export, named_tensors, trace_concretely
 
 logger = logging.getLogger(__name__)
 
 MAX_CONSTANTS = 64  # ints in a list that a forward spells out
-CONSTANT, INPUT = "a constant of the forward", "an input of the model"
 TRACING_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
@@ -51,15 +46,6 @@ class Capture:
     integers: dict[str, list[int]]
     equalities: list[Equation]
     is_concrete: bool = False
-
-
-@dataclass
-class Trace:
-    """A graph, and what each of its placeholders (or constant attributes) is: a name of the model's, or the tensor."""
-
-    graph_module: fx.GraphModule
-    sources: dict[str, str]
-    constants: dict[str, torch.Tensor]
 
 
 def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
@@ -114,67 +100,6 @@ def _capture(model: nn.Module, inputs: Mapping[str, Any], trace: Callable[..., T
     return Capture(traced.graph_module, sources, constants, tensors, attributes, integers, equalities)
 
 
-def export(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
-    """The graph by `torch.export`, on fake tensors."""
-    with quiet_torch():
-        program = torch.export.export(model, (), dict(inputs), strict=False)
-    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    sources, constants = {}, {}
-    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            sources[node.name] = spec.target
-        else:
-            sources[node.name] = INPUT if spec.kind == InputKind.USER_INPUT else CONSTANT
-        if spec.kind == InputKind.CONSTANT_TENSOR:
-            constants[node.name] = program.constants[spec.target]
-    return Trace(program.graph_module, sources, constants)
-
-
-def trace_concretely(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
-    """The graph of the operators that really ran, at the same level as an export's."""
-    tensors, given = named_tensors(model), dict(inputs)
-    names = [*tensors, *given]
-    leaves: list[str] = []
-    for name, value in zip(names, (*tensors.values(), *given.values()), strict=True):
-        leaves += [name if name in tensors else INPUT] * len(pytree.tree_leaves(value))
-
-    def forward(tensors: dict[str, torch.Tensor], given: dict[str, Any]) -> Any:
-        return torch.func.functional_call(model, tensors, (), given, tie_weights=True)
-
-    with fx.traceback.preserve_node_meta(), _module_stack(model):
-        graph_module = make_fx(forward, pre_dispatch=True, _error_on_data_dependent_ops=False)(tensors, given)
-    graph_module.graph.eliminate_dead_code()  # such as sums that only a decision looked at
-    placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
-    constants = {
-        node.name: getattr(graph_module, node.target) for node in graph_module.graph.nodes if node.op == "get_attr"
-    }
-    return Trace(graph_module, dict(zip(placeholders, leaves, strict=True)), constants)
-
-
-@contextlib.contextmanager
-def _module_stack(model: nn.Module) -> Iterator[None]:
-    """While active, traced nodes know in which modules' forwards they ran, as in an export."""
-    stack: dict[str, Any] = {}
-
-    def enter(path: str, module: nn.Module) -> None:
-        stack[f"{path}@{len(stack)}"] = (path, type(module))
-        fx.traceback.current_meta["nn_module_stack"] = dict(stack)
-
-    def leave() -> None:
-        stack.popitem()
-        fx.traceback.current_meta["nn_module_stack"] = dict(stack)
-
-    handles = []
-    for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda module, _, path=path: enter(path, module)))
-        handles.append(module.register_forward_hook(lambda *_: leave()))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Refuse inputs that are not named as the forward's arguments are."""
     if not isinstance(inputs, Mapping) or not inputs:
@@ -192,21 +117,6 @@ def _takes(model: nn.Module) -> str:
     return ", ".join(inspect.signature(model.forward).parameters)
 
 
-@contextlib.contextmanager
-def quiet_torch() -> Iterator[None]:
-    """While active, torch does not print graphs and tracebacks of what is only tried."""
-    talkers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.export", "torch.fx")]
-    disabled = [talker.disabled for talker in talkers]
-    try:
-        for talker in talkers:
-            talker.disabled = True
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for talker, before in zip(talkers, disabled, strict=True):
-            talker.disabled = before
-
-
 def describe(inputs: Mapping[str, Any]) -> str:
     """The inputs in words: their names, types and shapes."""
     words = (
@@ -214,12 +124,6 @@ def describe(inputs: Mapping[str, Any]) -> str:
         for name, value in inputs.items()
     )
     return "{" + ", ".join(words) + "}"
-
-
-def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by every name they have; a tied tensor comes once per name."""
-    parameters = dict[str, torch.Tensor](model.named_parameters(remove_duplicate=False))
-    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def transient_buffers(model: nn.Module) -> Iterator[str]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from hf_geta.graph.capture import named_tensors
 from hf_geta.graph.folding import common_path, fold_names, unfold_name
 from hf_geta.graph.qadg import QADG, Axis, Member
+from hf_geta.graph.tracing import named_tensors
 
 MAX_NAMES = 4  # folded names in one line about what is frozen
 COLUMNS = ("axis", "kind", "groups", "per group", "parameters", "ties together")

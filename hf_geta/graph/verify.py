@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from hf_geta.graph.capture import TRACING_ERRORS, named_tensors, quiet_torch, structural_copy
+from hf_geta.graph.capture import TRACING_ERRORS, structural_copy
 from hf_geta.graph.qadg import QADG
+from hf_geta.graph.tracing import float_tensors, named_tensors, quiet_torch
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """All float tensors that `model(**inputs)` returns in eval mode, by name; caches are not looked into."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # some forwards draw numbers
-        return dict(_float_tensors(model.eval()(**inputs), ""))
+        return float_tensors(model.eval()(**inputs))
 
 
 def in_float32(tensor: Tensor) -> Tensor:
@@ -199,15 +200,6 @@ def other_inputs(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def describe_error(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _float_tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel():
-            yield name, output
-    elif isinstance(output, Mapping | list | tuple):
-        for key, value in output.items() if isinstance(output, Mapping) else enumerate(output):
-            yield from _float_tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def _largest(tensor: Tensor) -> float:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
-from hf_geta.graph.capture import CONSTANT, INPUT, Capture
+from hf_geta.graph.capture import Capture
 from hf_geta.graph.integers import Expression, SizeOf, substitute
 from hf_geta.graph.rules import Axes, TensorAxes, find_rule
 from hf_geta.graph.rules.registry import KEEPS_ZEROS
+from hf_geta.graph.tracing import CONSTANT, INPUT
 
 logger = logging.getLogger(__name__)
 
@@ -162,14 +166,23 @@ class Walk:
 
 
 def _shape(value: Any) -> Any:
-    """The shape of a tensor or of its axes, a list of shapes for several, None for anything else.
-
-    A size that is only known at run time counts as 0, which no axis is unified with.
-    """
+    """The shape of a tensor or of its axes, a list of shapes for several, None for anything else."""
     if isinstance(value, torch.Tensor | TensorAxes):
-        sizes = value.sizes if isinstance(value, TensorAxes) else value.shape
-        return tuple(int(size) if isinstance(size, int) else 0 for size in sizes)
+        return tuple(map(_size, value.sizes if isinstance(value, TensorAxes) else value.shape))
     return [_shape(part) for part in value] if isinstance(value, list | tuple) else None
+
+
+def _size(size: Any) -> int:
+    """A size as an int; one that is only known at run time as if each of its unknowns were some large prime."""
+    if isinstance(size, int):
+        return int(size)
+    expression = size.node.expr
+    return int(expression.xreplace({symbol: _stand_in_for(symbol.name) for symbol in expression.free_symbols}))
+
+
+@functools.cache
+def _stand_in_for(unknown: str) -> Any:
+    return sympy.Integer(sympy.prime(500 + int(re.sub(r"\D", "", unknown) or 0)))
 
 
 def _flat_tensors(value: Any) -> list[TensorAxes]:

@@ -37,6 +37,8 @@ LAYERS = {
     "bare_batch_norm": lambda: nn.BatchNorm2d(12, affine=False),
     "group_norm": lambda: nn.GroupNorm(4, 12),
     "table": lambda: nn.Embedding(9, 4),
+    "conv_48": lambda: nn.Conv2d(2, 48, 3),
+    "recurrent": lambda: nn.LSTM(12, 12),
 }
 
 
@@ -70,6 +72,18 @@ def eager_attention(m, x):
     q, k, v = (y.view(*x.shape[:2], m.heads, 3).transpose(1, 2) for y in (m.to_hidden(x), *m.to_24(x).chunk(2, -1)))
     scores = torch.matmul(q, k.transpose(-1, -2)).softmax(-1)
     return m.from_hidden((scores @ v).transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+def drawing(m, x):
+    torch.manual_seed(0)
+    return m.from_hidden((hidden := m.to_hidden(x)) + torch.rand_like(hidden))
+
+
+def put_at_places(m, x):
+    hidden = m.to_hidden(x)
+    written = torch.zeros_like(hidden)
+    written[torch.tensor([1, 0]), torch.tensor([3, 2])] = hidden[:, 4]
+    return m.from_hidden(written + hidden)
 
 
 def merged_batch_attention(m, x):
@@ -203,6 +217,38 @@ SNIPPETS = {
         ROW,
         [],
     ),
+    "written at chosen places of another": (put_at_places, ROW, [12]),
+    "added at chosen places of another": (
+        lambda m, x: m.from_hidden((h := m.to_hidden(x)).index_add(1, torch.tensor([0, 2]), h[:, :2])),
+        ROW,
+        [12],
+    ),
+    "chosen by a mask": (lambda m, x: m.from_hidden(m.to_hidden(x)[x[..., 0] > 0]).sum(0), ROW, [12]),
+    "scattered by a mask": (
+        lambda m, x: m.from_hidden((h := m.to_hidden(x)).masked_scatter(h > 0, h.detach())),
+        ROW,
+        [],
+    ),
+    "a recurrent layer": (lambda m, x: m.from_hidden(m.recurrent(m.to_hidden(x))[0]), ROW, []),
+    "numbers drawn at random": (drawing, ROW, []),
+    "a number of the forward": (
+        lambda m, x: m.from_hidden((h := m.to_hidden(x)) * (1 / h.shape[-1])),
+        ROW,
+        [],
+    ),
+    "tiles": (lambda m, x: m.from_24(m.to_hidden(x).tile(2)), ROW, [12]),
+    "windows over another": (lambda m, x: m.from_hidden(m.to_hidden(x).unfold(1, 2, 1).mean(-1)), ROW, [12]),
+    "windows of images": (
+        lambda m, x: m.last_conv(F.fold(F.unfold((h := m.conv(x)), 3, padding=1), h.shape[-2:], 3, padding=1)),
+        IMAGE,
+        [12],
+    ),
+    "pixels from channels and back": (
+        lambda m, x: m.last_conv(F.pixel_unshuffle(F.pixel_shuffle(m.conv_48(x), 2), 2)[:, ::4]),
+        IMAGE,
+        [12],
+    ),
+    "the largest of all": (lambda m, x: m.from_hidden((h := m.to_hidden(x)) / h.max()), ROW, []),
     "gather over another": (
         lambda m, x: m.from_hidden((h := m.to_hidden(x)).gather(1, torch.zeros_like(h, dtype=torch.long))),
         ROW,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_geta.graph.axes import concatenation
+from hf_geta.graph.axes import AxisNode, concatenation
 from hf_geta.graph.integers import flat_integers
 from hf_geta.graph.rules.context import BATCHED, LOOKED_UP, Axes, TensorAxes
 from hf_geta.graph.rules.registry import rule
@@ -36,23 +36,80 @@ def index_select(axes: Axes, x: TensorAxes, dim: int, index: TensorAxes) -> Tens
 @rule(aten.index.Tensor)
 def index(axes: Axes, x: TensorAxes, indices: Sequence[TensorAxes | None]) -> TensorAxes:
     """x[indices]: indexed dimensions are frozen, the others go through; indices side by side keep their place."""
-    used = [dim for dim, tensor in enumerate(indices) if tensor is not None]
+    used = _indexed(axes, indices)
     constants = [tensor.constant for tensor in indices if tensor is not None]
     if len(used) == 1 and constants[0] is not None:
         return _picked(axes, x, used[0], constants[0])
-    axes.freeze([x[dim] for dim in used], BY_NUMBER)
-    for tensor in indices:
-        axes.freeze(tensor or (), BY_NUMBER)
+    axes.freeze((*(x[dim] for dim in used), *_flat(indices)), BY_NUMBER)
     others = [axis for dim, axis in enumerate(x) if dim not in used]
     place = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
     chosen = axes.shape[place : place + len(axes.shape) - len(others)]
     return TensorAxes.of((*others[:place], *axes.frozen(chosen, BY_NUMBER), *others[place:]), x.parameter)
 
 
+def _indexed(axes: Axes, indices: Sequence[TensorAxes | None]) -> list[int]:
+    """The dimensions that indices stand for: a mask stands for as many as it has."""
+    used: list[int] = []
+    place = 0
+    for tensor, node in zip(indices, axes.node.args[1], strict=True):
+        count = len(tensor) if tensor is not None and node.meta["val"].dtype == torch.bool else 1
+        if tensor is not None:
+            used += range(place, place + count)
+        place += count
+    return used
+
+
 def _picked(axes: Axes, x: TensorAxes, dim: int, numbers: Sequence[int]) -> TensorAxes:
     """x[..., [-2], ...] with constant numbers: these entries stay where they are, those around them may go."""
     pieces = [slice_(axes, x, dim, number, number + 1 or None)[dim] for number in numbers]
     return TensorAxes.of((*x[:dim], concatenation(pieces), *x[dim + 1 :]), x.parameter)
+
+
+@rule(aten.index_put, aten._index_put_impl)
+def index_put(
+    axes: Axes, x: TensorAxes, indices: Sequence[TensorAxes | None], values: TensorAxes, *_: Any
+) -> TensorAxes:
+    """x[indices] = values: indexed dimensions are frozen, those behind them are those of the values."""
+    used = _indexed(axes, indices)
+    axes.freeze((*(x[dim] for dim in used), *_flat(indices)), BY_NUMBER)
+    others = [axis for dim, axis in enumerate(x) if dim not in used]
+    if used != list(range(len(used))):
+        axes.freeze((*others, *values), BY_NUMBER)
+        return TensorAxes.of(x)
+    shared = min(len(others), len(values))
+    axes.freeze(values[: len(values) - shared], BY_NUMBER)
+    axes.broadcast(
+        [TensorAxes.of(others[len(others) - shared :]), TensorAxes.of(values[len(values) - shared :])],
+        [axis.size for axis in others[len(others) - shared :]],
+    )
+    return TensorAxes.of(x)
+
+
+@rule(aten.index_add, aten.index_copy, aten.index_fill)
+def index_add(axes: Axes, x: TensorAxes, dim: int, index: TensorAxes, source: Any, *_: Any) -> TensorAxes:
+    """x[:, index] += source along one dimension; along the others entries stay where they are."""
+    dim %= len(x)
+    axes.freeze((x[dim], *index), BY_NUMBER)
+    for number, axis in enumerate(source if isinstance(source, TensorAxes) and len(source) == len(x) else ()):
+        if number == dim:
+            axes.freeze(axis, BY_NUMBER)
+        else:
+            axes.unify(axis, x[number])
+    return TensorAxes.of(x)
+
+
+@rule(aten.masked_scatter, aten.masked_select, aten.nonzero, aten.unique_consecutive, aten._unique2, aten.pad_sequence)
+def by_mask(axes: Axes, *arguments: Any) -> TensorAxes | list[TensorAxes]:
+    """Entries one after the other, as many as there are: no dimension can lose any."""
+    axes.freeze(_flat(arguments), "chosen by a mask")
+    return _frozen_results(axes, "chosen by a mask")
+
+
+@rule(aten.lstm.input, aten.lstm.data, aten.gru.input, aten.gru_cell, aten.lstm_cell, aten.rnn_tanh.input)
+def recurrent(axes: Axes, *arguments: Any) -> TensorAxes | list[TensorAxes]:
+    """Hidden units go through all steps and all gates, which torch keeps in fused kernels."""
+    axes.freeze(_flat(arguments), "in a recurrent layer")
+    return _frozen_results(axes, "in a recurrent layer")
 
 
 @rule(aten.gather, aten.scatter, aten.scatter_add, aten.scatter_reduce, aten.take_along_dim)
@@ -98,8 +155,7 @@ def drawn(axes: Axes, *arguments: Any) -> TensorAxes:
 
 @rule(aten.rand_like, aten.randn_like, aten.randint_like, aten.bernoulli, aten.normal, aten.multinomial)
 def drawn_like(axes: Axes, *arguments: Any) -> TensorAxes:
-    for tensor in arguments:
-        axes.freeze(tensor if isinstance(tensor, TensorAxes) else (), DRAWN)
+    axes.freeze(_flat(arguments), DRAWN)
     return axes.frozen(axes.shape, DRAWN)
 
 
@@ -119,9 +175,27 @@ def triangle(axes: Axes, x: TensorAxes, *_: Any) -> TensorAxes:
     return TensorAxes.of(x)
 
 
+@rule(aten.sym_size, aten.sym_numel, aten.sym_stride)
+def size_at_run_time(axes: Axes, *_: Any) -> None:
+    return None
+
+
 @rule(aten.one_hot)
 def one_hot(axes: Axes, x: TensorAxes, *_: Any) -> TensorAxes:
     return TensorAxes.of((*x, *axes.frozen(axes.shape[-1:], BY_NUMBER)))
+
+
+def _flat(arguments: Any) -> list[AxisNode]:
+    """The axes of all tensors in (lists of) arguments."""
+    if isinstance(arguments, AxisNode):
+        return [arguments]
+    return [axis for part in arguments for axis in _flat(part)] if isinstance(arguments, list | tuple) else []
+
+
+def _frozen_results(axes: Axes, text: str) -> TensorAxes | list[TensorAxes]:
+    if isinstance(axes.shape, list):
+        return [axes.frozen(shape, text) for shape in axes.shape]
+    return axes.frozen(axes.shape, text)
 
 
 def _created(axes: Axes, sizes: Any) -> TensorAxes:

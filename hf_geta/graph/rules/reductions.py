@@ -18,6 +18,7 @@ SCANNING = (aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.flip, aten.roll, 
 REDUCING = (
     *(aten.sum, aten.mean, aten.var, aten.std, aten.prod, aten.logsumexp, aten.norm, aten.linalg_vector_norm),
     *(aten.amax, aten.amin, aten.max.dim, aten.min.dim, aten.argmax, aten.argmin, aten.any, aten.all, aten.var_mean),
+    *(aten.max.default, aten.min.default, aten.median.default, aten.linalg_norm, aten.linalg_matrix_norm),
     *(aten.nansum, aten.count_nonzero, aten.topk, aten.kthvalue, aten.median.dim),
 )
 POOLING = {
@@ -29,6 +30,7 @@ POOLING = {
 UPSAMPLING = (
     *(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten.upsample_linear1d),
     *(aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_trilinear3d, aten._upsample_bicubic2d_aa),
+    *(aten._upsample_bilinear2d_aa, aten._upsample_nearest_exact2d),
 )
 
 

@@ -96,8 +96,28 @@ def expand_as(axes: Axes, x: TensorAxes, other: TensorAxes) -> TensorAxes:
     return axes.broadcast([x, other], axes.shape)
 
 
-@rule(aten.repeat)
+@rule(aten.broadcast_tensors)
+def broadcast_tensors(axes: Axes, tensors: Sequence[TensorAxes]) -> list[TensorAxes]:
+    return [axes.broadcast(tensors, shape) for shape in axes.shape]
+
+
+@rule(aten.meshgrid)
+def meshgrid(axes: Axes, tensors: Sequence[TensorAxes], indexing: str = "ij") -> list[TensorAxes]:
+    """Each of n vectors along a dimension of its own; with "xy" the first two change places."""
+    dims = [axis for tensor in tensors for axis in tensor or (AxisNode(1),)]
+    if indexing == "xy" and len(dims) > 1:
+        dims[:2] = dims[1::-1]
+    return [TensorAxes.of(dims) for _ in tensors]
+
+
+@rule(aten.outer)
+def outer(axes: Axes, first: TensorAxes, second: TensorAxes) -> TensorAxes:
+    return TensorAxes.of((*first, *second))
+
+
+@rule(aten.repeat, aten.tile)
 def repeat(axes: Axes, x: TensorAxes, times: Sequence[int]) -> TensorAxes:
+    times = (*(1 for _ in range(len(x) - len(times))), *times)  # tile's may be fewer
     padded = (*(AxisNode(1) for _ in range(len(times) - len(x))), *x)
     return TensorAxes.of(product((_copies(axes, count), axis)) for count, axis in zip(times, padded, strict=True))
 
@@ -119,8 +139,12 @@ def _copies(axes: Axes, count: int) -> AxisNode:
 def cat(axes: Axes, tensors: Sequence[TensorAxes], dim: int = 0) -> TensorAxes:
     tensors = [axes_of for axes_of in tensors if axes_of.sizes != (0,)]  # what torch skips
     result = [axes.unify(*group) for group in zip(*_without(tensors, dim), strict=True)]
-    result.insert(dim % len(tensors[0]), concatenation(tensor[dim] for tensor in tensors))
-    return TensorAxes.of(result)
+    dim %= len(tensors[0])
+    joined = concatenation(tensor[dim] for tensor in tensors)
+    if joined.size != axes.shape[dim]:  # of pieces whose sizes are known at run time only
+        axes.freeze(joined, "cut at computed places")
+        joined = axes.frozen(axes.shape[dim : dim + 1], "cut at computed places")[0]
+    return TensorAxes.of((*result[:dim], joined, *result[dim:]))
 
 
 @rule(aten.stack)
@@ -196,7 +220,12 @@ def narrow(axes: Axes, x: TensorAxes, dim: int, start: int, length: int) -> Tens
 @rule(aten.split, aten.split_with_sizes, aten.unsafe_split, keeps_zeros=True)
 def split(axes: Axes, x: TensorAxes, sizes: Any, dim: int = 0) -> list[TensorAxes]:
     dim %= len(x)
-    pieces = cut(x[dim], [shape[dim] for shape in axes.shape])
+    lengths = [shape[dim] for shape in axes.shape]
+    if sum(lengths) != x[dim].size:  # known at run time only
+        axes.freeze(x[dim], "cut at computed places")
+        pieces = list(axes.frozen(lengths, "cut at computed places"))
+        return [TensorAxes.of((*x[:dim], piece, *x[dim + 1 :])) for piece in pieces]
+    pieces = cut(x[dim], lengths)
     for number, piece in enumerate(pieces):
         axes.require(sizes if isinstance(sizes, int) else sizes[number], piece, "a size in a split")
     return [TensorAxes.of((*x[:dim], piece, *x[dim + 1 :])) for piece in pieces]
@@ -213,6 +242,46 @@ def chunk(axes: Axes, x: TensorAxes, count: int, dim: int = 0) -> list[TensorAxe
     if len(pieces) != int(count):
         axes.freeze(x[dim], "cut into uneven chunks")
     return [TensorAxes.of((*x[:dim], piece, *x[dim + 1 :])) for piece in pieces]
+
+
+@rule(aten.unfold)
+def unfold(axes: Axes, x: TensorAxes, dim: int, *_: Any) -> TensorAxes:
+    """Windows over one dimension, which come as a last one."""
+    dim %= len(x)
+    axes.freeze(x[dim], "cut into windows")
+    windows, places = axes.frozen((axes.shape[dim], axes.shape[-1]), "cut into windows")
+    return TensorAxes.of((*x[:dim], windows, *x[dim + 1 :], places))
+
+
+@rule(aten.im2col)
+def im2col(axes: Axes, x: TensorAxes, *_: Any) -> TensorAxes:
+    """Images (batch, channels, height, width) -> (batch, channels * places of a window, windows)."""
+    axes.freeze(x[-2:], "cut into windows")
+    places, windows = axes.frozen((axes.shape[-2] // x[-3].size, axes.shape[-1]), "cut into windows")
+    return TensorAxes.of((*x[:-3], product((x[-3], places)), windows))
+
+
+@rule(aten.col2im)
+def col2im(axes: Axes, x: TensorAxes, *_: Any) -> TensorAxes:
+    """The way back: the values of overlapping windows are added."""
+    channels, places = align([x[-2]], (axes.shape[-3], x[-2].size // axes.shape[-3]))
+    axes.freeze((places, x[-1]), "cut into windows")
+    return TensorAxes.of((*x[:-2], channels, *axes.frozen(axes.shape[-2:], "cut into windows")))
+
+
+@rule(aten.pixel_shuffle)
+def pixel_shuffle(axes: Axes, x: TensorAxes, factor: int) -> TensorAxes:
+    """(..., channels * factor^2, height, width) -> (..., channels, height * factor, width * factor)."""
+    channels, places = align([x[-3]], (x[-3].size // int(factor) ** 2, int(factor) ** 2))
+    axes.freeze((places, *x[-2:]), "shuffled into pixels")
+    return TensorAxes.of((*x[:-3], channels, *axes.frozen(axes.shape[-2:], "shuffled into pixels")))
+
+
+@rule(aten.pixel_unshuffle)
+def pixel_unshuffle(axes: Axes, x: TensorAxes, factor: int) -> TensorAxes:
+    axes.freeze(x[-2:], "shuffled into channels")
+    places, *rest = axes.frozen((int(factor) ** 2, *axes.shape[-2:]), "shuffled into channels")
+    return TensorAxes.of((*x[:-3], product((x[-3], places)), *rest))
 
 
 @rule(aten.view_as_complex, keeps_zeros=True)

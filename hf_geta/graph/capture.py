@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def transient_buffers(model: nn.Module) -> Iterator[str]:
 
 
 def structural_copy(
-    model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
+    model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor] = operator.attrgetter("data")
 ) -> nn.Module:
     """A deep copy of the modules, configs and all other Python state, with tensors of its own around the same numbers.
 

@@ -177,7 +177,7 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def in_float32(tensor: Tensor) -> Tensor:
     """A tensor in the precision that outputs are compared in."""
-    return tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+    return tensor.data.float() if tensor.is_floating_point() else tensor.data
 
 
 def other_inputs(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -103,11 +103,13 @@ def test_shapes_are_tried_where_there_are_no_weights():
 
 def test_trying_leaves_the_model_as_it_is(family):
     before = {name: tensor.clone() for name, tensor in family.model.state_dict().items()}
+    versions = [parameter._version for parameter in family.model.parameters()]  # what a backward looks at
     generator = torch.get_rng_state()
     verify_qadg(family.model, family.inputs, family.qadg)
     after = family.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert torch.equal(generator, torch.get_rng_state())
+    assert versions == [parameter._version for parameter in family.model.parameters()]
 
 
 def test_failing_keeps_all_that_can_go_together():

@@ -86,6 +86,7 @@ def run_case(case: Case) -> Record:
             model = build(case)
             record.stage = "inputs"
             inputs = make_inputs(model)
+            record.inputs = list(inputs)
             check_law(model, inputs, record)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]

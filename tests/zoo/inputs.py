@@ -29,6 +29,7 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
     {"series_dims": 2},
     {"image_dims": 5, "frames_first": True},
     {"long": False, "bins_first": True},
+    {"image_sizes": False},
     {"text_only": True},
 )
 
@@ -213,7 +214,7 @@ class Maker:
         inputs["pixel_values"] = torch.randn(shape)
         if "pixel_values" in self.arguments and "aspect_ratio_ids" in self.arguments:
             inputs["aspect_ratio_ids"] = torch.ones(self.batch, shape[1], dtype=torch.long)
-        if "image_sizes" in self.arguments:
+        if "image_sizes" in self.arguments and self.layout("image_sizes", True):
             inputs["image_sizes"] = torch.tensor([[height, width]] * self.batch)
         return inputs
 

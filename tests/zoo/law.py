@@ -34,6 +34,7 @@ class Record:
     stage: str = "build"
     reason: str = ""
     parameters: int = 0
+    inputs: list[str] = field(default_factory=list)
     build_seconds: float = 0.0
     seconds: float = 0.0
     axes: dict[str, int] = field(default_factory=dict)

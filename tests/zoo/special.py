@@ -171,7 +171,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "mobilenet_v1": {"set": {"depth_multiplier": 0.1}},
     "mobilenet_v2": {"set": {"depth_multiplier": 0.25, "finegrained_output": False}},
-    "big_bird": {"set": {"attention_type": "original_full"}},
     "canine": {"set": {"local_transformer_stride": 8, "num_hash_buckets": 50, "downsampling_rate": 4}},
     "bros": {"set": {"dim_bbox_sinusoid_emb_2d": 32, "dim_bbox_sinusoid_emb_1d": 4, "dim_bbox_projection": 8}},
     "focalnet": {"set": {"embed_dim": 16, "hidden_sizes": [16, 24, 32, 40]}},

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from hf_geta.checkpoint.manifest import QUANT_METHOD, Manifest, fit_manifest, write_manifest_
 from hf_geta.checkpoint.prune import resize_, set_attributes_
@@ -58,6 +60,24 @@ def load_model(source: str | Path, class_name: str | None = None) -> PreTrainedM
         return _model_class(config, class_name).from_pretrained(source)
     except BUILD_ERRORS as error:
         raise ValueError(f"{source}: the model cannot be loaded: {_short(error)}") from error
+
+
+def classes_by_config(model: nn.Module) -> dict[str, type[nn.Module]]:
+    """The class of every module of the model that `model.config` builds, which `from_pretrained` starts from.
+
+    Empty where no config builds one.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with torch.device("meta"), no_init_weights(), torch.random.fork_rng(devices=[]):
+            built = type(model)(config)
+    except BUILD_ERRORS:
+        return {}
+    return {name: type(module) for name, module in built.named_modules(remove_duplicate=False)}
 
 
 def _read_config(source: str) -> Any:

@@ -27,7 +27,7 @@ from hf_geta.quantization.quantizers import Quantizer
 
 logger = logging.getLogger(__name__)
 
-CHEAP_MACS, CHEAP_NUMBERS = 5e9, 2e8  # a forward, and the weights, of a model that is tried on its own weights
+CHEAP_MACS, CHEAP_NUMBERS = 1e9, 5e7  # a forward, and the weights, of a model that is tried on its own weights
 
 
 def build_qadg(

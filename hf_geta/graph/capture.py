@@ -35,8 +35,9 @@ class Capture:
     `tensors` has every parameter and buffer under its first name (tied names share it), `sources` says for each
     placeholder of the graph which of them it is, or that it is an INPUT or a CONSTANT; `constants` has the numbers of
     short lists of ints that the forward spells out. `integers` holds, for nodes that were given traced ints, all int
-    arguments in order; `attributes` the values of all int attributes. `is_concrete`: the graph is the path that these
-    inputs took through data-dependent control flow; others may take another.
+    arguments in order; `attributes` the values of all int attributes; `classes` those of all modules, after the
+    forward. `is_concrete`: the graph is the path that these inputs took through data-dependent control flow; others
+    may take another.
     """
 
     graph_module: fx.GraphModule
@@ -46,6 +47,7 @@ class Capture:
     attributes: dict[Attribute, int]
     integers: dict[str, list[int]]
     equalities: list[Equation]
+    classes: dict[str, type[nn.Module]]
     is_concrete: bool = False
 
 
@@ -98,7 +100,8 @@ def _capture(model: nn.Module, inputs: Mapping[str, Any], trace: Callable[..., T
     }
     integers, equalities = recorder.resolved(traced.graph_module.graph)
     tensors = {first_names[id(tensor)]: tensor for tensor in names.values()}
-    return Capture(traced.graph_module, sources, constants, tensors, attributes, integers, equalities)
+    classes = {name: type(module) for name, module in twin.named_modules(remove_duplicate=False)}
+    return Capture(traced.graph_module, sources, constants, tensors, attributes, integers, equalities, classes)
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from hf_geta.checkpoint.models import classes_by_config
 from hf_geta.config import OPTIONAL_AXES
 from hf_geta.graph.axes import AxisNode, Reason, find, freeze, is_frozen, leaves, positions, tag, tags, unify
 from hf_geta.graph.capture import transient_buffers
@@ -62,7 +63,7 @@ class SearchSpace:
             if name not in ignored
             for dim, axis in enumerate(axes)
         }
-        self._freeze_by_policy(set(transient_buffers(model)))
+        self._freeze_by_policy(model)
         self.equations = freeze_unrealizable(walk.axes.equations, walk.captured.attributes)
         self.slots: dict[AxisNode, list[Slot]] = {}
         for (name, dim), axis in self.dims.items():
@@ -71,9 +72,11 @@ class SearchSpace:
         kinds = {leaf: self._kind(leaf) for leaf in self.slots if not is_frozen(leaf)}
         self.free = {leaf: (name, kinds[leaf]) for leaf, name in self._names(kinds).items()}
 
-    def _freeze_by_policy(self, transient: Collection[str]) -> None:
+    def _freeze_by_policy(self, model: nn.Module) -> None:
         """Freeze what no operator forbids, but no pruned model could do, or nobody asked for."""
         self._settle_head_sizes()
+        transient = set(transient_buffers(model))
+        replaced = tuple(f"{path}." for path in _replaced_modules(self._walk.captured.classes, model))
         owners = Counter(leaf for axis in self.dims.values() for leaf in set(leaves(axis)))
         for (name, _), axis in self.dims.items():
             for leaf in leaves(axis):
@@ -81,6 +84,8 @@ class SearchSpace:
                     freeze(leaf, Reason(f"{name} is rebuilt by the model's code, not loaded"))
                 if not tags(leaf) & {CONSUMED, HEAD_SIZE}:
                     freeze(leaf, Reason("nothing sums over it with a weight"))
+                if name.startswith(replaced):
+                    freeze(leaf, Reason("the forward puts another module in place, at the size that the config says"))
                 if leaf.size == 1:
                     freeze(leaf, Reason("it has one entry"))
         for equation in self._walk.axes.equations:
@@ -189,6 +194,17 @@ def quantizer_tensors(model: nn.Module) -> Iterator[str]:
             yield from (
                 f"{path}.{name}" for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())
             )
+
+
+def _replaced_modules(classes: Mapping[str, type[nn.Module]], model: nn.Module) -> Iterator[str]:
+    """Modules of a family's own that are of another class after the forward than as its config builds them.
+
+    BigBird's attention is, for short inputs: what a checkpoint says about the one is lost with it.
+    """
+    for name, built in classes_by_config(model).items():
+        ran = classes.get(name, built)
+        if ran is not built and all(each.__module__.startswith("transformers.models.") for each in (ran, built)):
+            yield name
 
 
 def _products(axis: AxisNode) -> Iterator[AxisNode]:

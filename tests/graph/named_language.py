@@ -38,6 +38,8 @@ BART_AXES = {"attention_head": [4, 4, 2, 2], "mlp": [24, 24, 20]}  # encoder, de
 LANGUAGE_CASES: dict[str, Case] = {
     "bert": Case("BertForSequenceClassification", LANGUAGE, TEXT, {"attention_head": [4, 4], "mlp": [24, 24, 32]}),
     "bert, tied embeddings": Case("BertForMaskedLM", LANGUAGE, TEXT, HEADS),
+    # for short inputs its forward makes new attention modules, at the size that the config says
+    "big_bird": Case("BigBirdForTokenClassification", {**LANGUAGE, "block_size": 4}, TEXT, HIDDEN),
     "roberta": Case("RobertaForTokenClassification", LANGUAGE, TEXT, HEADS),
     "distilbert": Case(
         "DistilBertForMultipleChoice",

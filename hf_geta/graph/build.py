@@ -21,7 +21,7 @@ from hf_geta.graph.rules.context import Contraction
 from hf_geta.graph.search_space import SearchSpace
 from hf_geta.graph.table import explain_missing_rules
 from hf_geta.graph.tracing import named_tensors
-from hf_geta.graph.verify import Law, ShapeLaw, failing, other_inputs
+from hf_geta.graph.trial import Law, ShapeLaw, failing, other_inputs
 from hf_geta.graph.walk import Walk
 from hf_geta.quantization.quantizers import Quantizer
 

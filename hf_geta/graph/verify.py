@@ -1,32 +1,17 @@
-"""Is it so? The law of the search space, run on the model itself: masked and pruned compute the same.
-
-A rule may be wrong, and a forward may hold sizes where no trace sees them. So what was found is tried: on the model's
-own weights where that is cheap or asked for, else on fake tensors, where shapes must fit. What fails is frozen, and the
-rest goes on.
-"""
+"""The law of the search space as a user's own check: pruned computes what masked does, on their model and inputs."""
 
 from __future__ import annotations
 
-import logging
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from hf_geta.graph.capture import TRACING_ERRORS, structural_copy
+from hf_geta.graph.build import build_qadg
 from hf_geta.graph.qadg import QADG
-from hf_geta.graph.tracing import float_tensors, named_tensors, quiet_torch
-
-logger = logging.getLogger(__name__)
-
-OF_MOVED, OF_SCALE = 1e-2, 1e-4  # how far pruned may be from masked, of what masking moves and of the output's scale
-
-Failure = Callable[[Sequence[str]], str]  # axis names -> what goes wrong when all of them shrink, or ""
+from hf_geta.graph.trial import Law, distance, failing
 
 
 @dataclass(frozen=True)
@@ -60,7 +45,7 @@ class Verification:
 
 @torch.no_grad()
 def verify_qadg(
-    model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, share: float = 0.4, seed: int = 0
+    model: nn.Module, inputs: Mapping[str, Any], qadg: QADG | None = None, share: float = 0.4, seed: int = 0
 ) -> Verification:
     """Remove random groups of every axis from copies of the model, by masking and by pruning, and compare the outputs.
 
@@ -69,151 +54,17 @@ def verify_qadg(
     Args:
         model: with weights (not on the meta device), or quantized.
         inputs: one batch, as `model(**inputs)` takes it; another than the one the QADG was built with shows more.
-        qadg: of this model, from `build_qadg`.
+        qadg: of this model, from `build_qadg`; if not given, the one that these inputs give.
         share: of the groups of each axis to remove; at least one goes and one stays.
         seed: of the choice of groups.
     """
+    qadg = build_qadg(model, inputs) if qadg is None else qadg
     law = Law(model, inputs, qadg, share, seed)
     names = [axis.name for axis in qadg.axes]
     masked, pruned = law.masked(names), law.outputs_or_error(names)
-    moved, error = _distance(law.dense, masked), float("inf")
+    moved, error = distance(law.dense, masked), float("inf")
     if not isinstance(pruned, str):
-        error = _distance(masked, pruned)
+        error = distance(masked, pruned)
     failures = failing(names, law)
     removed = sum(map(len, law.removed.values()))
     return Verification((removed, sum(axis.size for axis in qadg.axes)), moved, error, failures)
-
-
-class Law:
-    """Called with axis names: what goes wrong when groups of all of them are removed; "" where nothing does."""
-
-    def __init__(
-        self, model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, share: float = 0.4, seed: int = 0
-    ) -> None:
-        self.model, self.inputs, self.qadg = model, inputs, qadg
-        draw = random.Random(seed)
-        self.removed = {axis.name: draw.sample(range(axis.size), max(1, int(share * axis.size))) for axis in qadg.axes}
-        self.dense = run(structural_copy(model, in_float32), inputs)
-
-    def masked(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The outputs when the removed groups of these axes are zero."""
-        twin = structural_copy(self.model, in_float32)
-        touched = {member.tensor for axis in self.qadg.axes for member in axis.members}
-        for name, tensor in named_tensors(twin).items():
-            if name in touched:
-                tensor.data = tensor.data.clone()
-        self.qadg.zero_(twin, {name: self.removed[name] for name in names})
-        return run(twin, self.inputs)
-
-    def outputs_or_error(self, names: Iterable[str]) -> dict[str, Tensor] | str:
-        """The outputs when these groups are cut out, or the error that this ends in."""
-        try:
-            twin = structural_copy(self.model, in_float32)
-            self.qadg.prune_(twin, {name: self.removed[name] for name in names})
-            return run(twin, self.inputs)
-        except TRACING_ERRORS as error:
-            return describe_error(error)
-
-    def __call__(self, names: Sequence[str]) -> str:
-        pruned = self.outputs_or_error(names)
-        if isinstance(pruned, str):
-            return pruned
-        masked = self.masked(names)
-        for name, tensor in masked.items():
-            scale = _largest(self.dense.get(name, tensor))
-            moved, error = _difference(self.dense.get(name), tensor), _difference(tensor, pruned.get(name))
-            if not error <= max(OF_MOVED * moved, OF_SCALE * scale):
-                return f"pruning changes {name or 'the output'} by {error:.1e} more than masking does ({moved:.1e})"
-        return ""
-
-
-class ShapeLaw:
-    """The same on fake tensors: what goes wrong with shapes when these axes shrink."""
-
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, share: float = 0.4) -> None:
-        self.model, self.inputs, self.qadg = model, inputs, qadg
-        self.removed = {axis.name: range(max(1, int(share * axis.size))) for axis in qadg.axes}
-
-    def __call__(self, names: Sequence[str]) -> str:
-        try:
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            twin = structural_copy(self.model, mode.from_tensor)
-            self.qadg.prune_(twin, {name: self.removed[name] for name in names})
-            with mode, quiet_torch():
-                run(twin, pytree.tree_map_only(Tensor, mode.from_tensor, dict(self.inputs)))
-            return ""
-        except TRACING_ERRORS as error:
-            return describe_error(error)
-
-
-def failing(names: Sequence[str], law: Failure) -> dict[str, str]:
-    """The axes that cannot shrink, with the reason, such that all others can together."""
-    if not names or not law(names):
-        return {}
-    kept: list[str] = []
-    failures: dict[str, str] = {}
-
-    def add(more: Sequence[str]) -> None:
-        if not (reason := law([*kept, *more])):
-            kept.extend(more)
-        elif len(more) == 1:
-            failures[more[0]] = reason
-        else:
-            add(more[: len(more) // 2])
-            add(more[len(more) // 2 :])
-
-    add(names[: len(names) // 2])
-    add(names[len(names) // 2 :])
-    return failures
-
-
-@torch.no_grad()
-def run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All float tensors that `model(**inputs)` returns in eval mode, by name; caches are not looked into."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # some forwards draw numbers
-        return float_tensors(model.eval()(**inputs))
-
-
-def in_float32(tensor: Tensor) -> Tensor:
-    """A tensor in the precision that outputs are compared in."""
-    return tensor.data.float() if tensor.is_floating_point() else tensor.data
-
-
-def other_inputs(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The inputs with another batch and, where there are tokens, another length."""
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
-    lengths = {value.shape[1] for value in tensors.values() if value.ndim == 2 and not value.is_floating_point()}
-    longer = {name: torch.cat((value, value)) for name, value in tensors.items()}
-    for length in lengths:
-        fewer = max(1, length - max(1, length // 3))
-        yield {
-            **inputs,
-            **{
-                name: value[:, :fewer] if value.ndim > 1 and value.shape[1] == length else value
-                for name, value in longer.items()
-            },
-        }
-    yield {**inputs, **longer}
-
-
-def describe_error(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _largest(tensor: Tensor) -> float:
-    finite = tensor[tensor.isfinite()]
-    return float(finite.abs().max()) if finite.numel() else 0.0
-
-
-def _difference(one: Tensor | None, other: Tensor | None) -> float:
-    """The largest absolute difference; infinite where shapes or what is infinite differ."""
-    if one is None or other is None or one.shape != other.shape or not torch.equal(one.isfinite(), other.isfinite()):
-        return float("inf")
-    return _largest(one - other)
-
-
-def _distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """The largest difference of two outputs, each tensor on its own scale."""
-    return max((_difference(one[name], other.get(name)) / max(_largest(one[name]), 1e-30) for name in one), default=0.0)

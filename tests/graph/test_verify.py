@@ -11,7 +11,7 @@ from torch import nn
 from hf_geta import build_qadg, verify_qadg
 from hf_geta.graph import build, capture
 from hf_geta.graph.rules import registry, rule
-from hf_geta.graph.verify import failing, other_inputs
+from hf_geta.graph.trial import failing, other_inputs
 
 ROW = {"x": torch.randn(2, 7, 5)}
 

@@ -161,12 +161,13 @@ def peak_bytes(arguments: BenchmarkArguments, variant: str) -> int:
 
 
 def _peak_bytes_here(arguments: BenchmarkArguments, variant: str) -> int:
-    before = _resident_peak_bytes()
+    before = resident_peak_bytes()
     run(arguments, variant)
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident_peak_bytes() - before
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_peak_bytes() - before
 
 
-def _resident_peak_bytes() -> int:
+def resident_peak_bytes() -> int:
+    """The most memory that this process has held."""
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss counts the parent's memory too on Linux
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+TALKERS = ("torch._subclasses.fake_tensor", "torch.export", "torch.fx.experimental.symbolic_shapes")
 CONSTANT, INPUT = "a constant of the forward", "an input of the model"
 
 
@@ -127,7 +128,7 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
     """While active, torch does not print graphs and tracebacks of what is only tried."""
-    talkers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.export", "torch.fx")]
+    talkers = [logging.getLogger(name) for name in TALKERS]
     disabled = [talker.disabled for talker in talkers]
     try:
         for talker in talkers:

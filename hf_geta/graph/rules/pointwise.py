@@ -24,7 +24,16 @@ LOGIC = (aten.__and__, aten.__or__, aten.__xor__, aten.masked_fill, aten.fill, a
 LIKE = (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like)
 
 
-@rule(torch.Tag.pointwise, *LOGIC, aten.where, aten.log_sigmoid, aten.floor_divide, aten.prelu, aten.isin)
+# Other names of pointwise operators: torch tags the first name only.
+ALIASES = (
+    *(aten.multiply, aten.subtract, aten.divide, aten.true_divide, aten.negative, aten.absolute, aten.clip, aten.rsub),
+    *(aten.greater, aten.greater_equal, aten.less, aten.less_equal, aten.not_equal, aten.arctan2, aten.float_power),
+    *(aten.special_logit, aten.special_expit, aten.special_expm1, aten.special_log1p, aten.special_erf),
+    *(aten.polar, aten.complex, aten.real, aten.imag),
+)
+
+
+@rule(torch.Tag.pointwise, *LOGIC, *ALIASES, aten.where, aten.log_sigmoid, aten.floor_divide, aten.prelu, aten.isin)
 def pointwise(axes: Axes, *arguments: Any) -> TensorAxes:
     operands = [argument for argument in arguments if isinstance(argument, TensorAxes)]
     for argument in arguments:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.zoo.cases import TASKS, all_cases
 from tests.zoo.sweep import sweep
-from tests.zoo.table import markdown, one_line, read_lines, summary, write_line
+from tests.zoo.table import markdown, markdown_by_type, one_line, read_lines, summary, write_line
 
 
 def main() -> None:
@@ -23,7 +23,9 @@ def main() -> None:
     parser.add_argument("--one-per-type", action="store_true", help="one model class per model type")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one model")
-    parser.add_argument("--output", type=Path, default=Path("outputs/zoo"), help="folder for zoo.jsonl and zoo.md")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/zoo"), help="folder for zoo.jsonl, zoo.md and types.md"
+    )
     parser.add_argument("--retry", default="", help="only cases that ended at these stages in the output folder before")
     parser.add_argument("--missing", action="store_true", help="only cases that the output folder lacks")
     arguments = parser.parse_args()
@@ -43,7 +45,8 @@ def main() -> None:
         print(f"{number}/{len(cases)} {one_line(record)}", flush=True)
         write_line(record, path)
     records = read_lines(path)
-    (arguments.output / "zoo.md").write_text(summary(records) + "\n\n" + markdown(records) + "\n")
+    (arguments.output / "zoo.md").write_text(f"{summary(records)}\n\n{markdown(records)}\n", encoding="utf-8")
+    (arguments.output / "types.md").write_text(f"{summary(records)}\n\n{markdown_by_type(records)}\n", encoding="utf-8")
     print(summary(records))
 
 

@@ -54,6 +54,11 @@ class Record:
         return self.built and self.stage != "capture"
 
     @property
+    def counts(self) -> bool:
+        """Whether something could be removed, and removing it moved the output; else the law says nothing."""
+        return self.captured and self.stage not in ("no axes", "unmoved")
+
+    @property
     def lawful(self) -> bool:
         return self.stage == "done"
 

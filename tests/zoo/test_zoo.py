@@ -11,7 +11,7 @@ from tests.zoo.cases import Case, all_cases, run_case
 from tests.zoo.configs import tiny_config
 from tests.zoo.law import Record, distance, float_tensors
 from tests.zoo.sweep import READY, sweep
-from tests.zoo.table import markdown, one_line, read_lines, summary, write_line
+from tests.zoo.table import markdown, markdown_by_type, one_line, read_lines, summary, write_line
 
 FAST = {
     "vit": "ViTForImageClassification",
@@ -100,6 +100,7 @@ def test_a_case_that_cannot_be_built_is_a_record(tmp_path):
     assert read_lines(tmp_path / "zoo.jsonl") == [record]
     assert "not built" in markdown([record])
     assert "built 0 of 1" in summary([record])
+    assert "| bert | 0 of 1 |" in markdown_by_type([record])
     assert "NoSuchModel" in one_line(record)
 
 

@@ -54,9 +54,12 @@ def markdown(records: Sequence[Record]) -> str:
 
 
 def markdown_by_type(records: Sequence[Record]) -> str:
-    """A table with a row for every model type; axes, seconds and share are those of its class with the most axes."""
+    """A table with a row for every model type; axes, seconds and share are those of its class with the most axes.
+
+    Built, captured and equal count classes.
+    """
     lines = [
-        "| model type | classes built | captured | equal | seconds | axes by kind | parameters in prunable slices | why not |",
+        "| model type | built | captured | equal | seconds | axes by kind | parameters in prunable slices | why not |",
         "| --- | ---: | ---: | ---: | ---: | --- | ---: | --- |",
     ]
     for model_type, group in sorted(_by_type(records).items()):

@@ -16,19 +16,25 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import transformers
+from transformers import PreTrainedModel
 
 from hf_geta.checkpoint.models import build_skeleton, load_model
 from hf_geta.config import OPTIONAL_AXES
+
+if TYPE_CHECKING:
+    from hf_geta.graph.qadg import QADG
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 1 after an error that says what to do."""
     options = _parser().parse_args(arguments)
-    _set_up_logs()
+    _set_up_logs(options.run)
     try:
         return options.run(options)
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -41,16 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def graph(options: argparse.Namespace) -> int:
     """Print the search space of a model; with --html, draw it."""
-    from hf_geta import build_qadg
-    from hf_geta.graph.example_inputs import example_inputs
     from hf_geta.graph.page import draw_html
     from hf_geta.graph.table import Tensors, format_table, to_dict
 
     for file in options.rules:
         import_rules(file)
     model = build_skeleton(options.model, options.model_class)
-    inputs = example_inputs(model, options.batch, options.length, options.image_size)
-    qadg = build_qadg(model, inputs, optional=options.optional)
+    qadg, _ = _search_space(model, options)
     tensors, name = Tensors.of(model), type(model).__name__
     if options.explain:
         print("\n\n".join(qadg.explain(one) for one in options.explain))
@@ -67,19 +70,36 @@ def graph(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Run the law of the search space on a model with its weights: pruned computes what masked does."""
-    from hf_geta import build_qadg
     from hf_geta.graph.example_inputs import example_inputs
     from hf_geta.graph.verify import verify_qadg
 
     for file in options.rules:
         import_rules(file)
     model = load_model(options.model, options.model_class)
-    inputs = example_inputs(model, options.batch, options.length, options.image_size)
-    qadg = build_qadg(model, inputs, optional=options.optional)
-    others = example_inputs(model, options.batch + 1, options.length + 3, options.image_size)
+    qadg, batch = _search_space(model, options)
+    others = example_inputs(model, batch + 1 if batch > 1 else 1, options.length + 3, options.image_size)
     result = verify_qadg(model, others, qadg)
     print(f"{'The law holds' if result.holds else 'The law does not hold'}: {result}")
     return 0 if result.holds else 1
+
+
+def _search_space(model: PreTrainedModel, options: argparse.Namespace) -> tuple[QADG, int]:
+    """The search space, and the samples it was traced with: one if more fail, as without a padding token."""
+    from hf_geta import build_qadg
+    from hf_geta.graph.example_inputs import example_inputs
+
+    def traced(batch: int) -> tuple[QADG, int]:
+        inputs = example_inputs(model, batch, options.length, options.image_size)
+        return build_qadg(model, inputs, optional=options.optional), batch
+
+    try:
+        return traced(options.batch)
+    except ValueError:
+        with contextlib.suppress(ValueError):
+            alone = traced(1)
+            logger.warning("Traced with one sample: %s does not take %d.", type(model).__name__, options.batch)
+            return alone
+        raise
 
 
 def import_rules(file: Path) -> None:
@@ -97,15 +117,16 @@ def import_rules(file: Path) -> None:
         raise ValueError(f"--rules {file}: {type(error).__name__}: {error}") from error
 
 
-def _set_up_logs() -> None:
+def _set_up_logs(run: Callable[..., int]) -> None:
     """Only what the user should know beside the output, each once."""
     transformers.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
-    logger = logging.getLogger("hf_geta")
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
-    logger.propagate = False
-    logging.getLogger("hf_geta.graph.build").setLevel(logging.ERROR)  # what it warns of is in the output
+    package = logging.getLogger("hf_geta")
+    if not package.handlers:
+        package.addHandler(logging.StreamHandler())
+    package.propagate = False
+    in_output = run is graph  # what the builder warns of
+    logging.getLogger("hf_geta.graph.build").setLevel(logging.ERROR if in_output else logging.NOTSET)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """The commands: what they print, what they write, and what they say when something is wrong."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import torch
 import transformers
 
 import hf_geta.hf_quantizer  # noqa: F401  registers the loader
-from hf_geta import build_qadg
+from hf_geta import GETAConfig, build_qadg, finalize_model, prepare_model
 from hf_geta.cli import main
 from hf_geta.graph.rules import RULES
 
@@ -128,6 +129,25 @@ def test_verify_says_that_the_law_holds(folder, capsys):
     status, out, _ = run(capsys, "verify", folder)
     assert status == 0
     assert out.startswith("The law holds: ")
+
+
+def test_a_model_that_takes_one_sample_only_is_traced_with_one(tmp_path, capsys):
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 20, "n_positions": 32, "bos_token_id": 0}
+    config = transformers.GPT2Config(**sizes, eos_token_id=0)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path)  # without a padding token
+    for command in ("graph", "verify"):
+        status, _, err = run(capsys, command, tmp_path)
+        assert status == 0
+        assert "with one sample" in err
+
+
+def test_packed_weights_are_not_verified(model, tmp_path, capsys):
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    prepared = prepare_model(copy.deepcopy(model), GETAConfig(), inputs)
+    finalize_model(prepared).save_pretrained(tmp_path)
+    status, out, err = run(capsys, "verify", tmp_path)
+    assert (status, out) == (1, "")
+    assert "is compressed already" in err
 
 
 def test_verify_wants_weights(config_only, capsys):

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.graph.axes import AxisNode, find, is_frozen, leaves, reasons
 from hf_geta.graph.capture import TRACING_ERRORS, capture
 from hf_geta.graph.folding import fold_names
@@ -21,7 +22,7 @@ from hf_geta.graph.rules.context import Contraction
 from hf_geta.graph.search_space import SearchSpace
 from hf_geta.graph.table import explain_missing_rules
 from hf_geta.graph.tracing import named_tensors
-from hf_geta.graph.trial import Law, ShapeLaw, failing, other_inputs
+from hf_geta.graph.trial import Law, ShapeLaw, describe_error, failing, other_inputs
 from hf_geta.graph.walk import Walk
 from hf_geta.quantization.quantizers import Quantizer
 
@@ -45,8 +46,14 @@ def build_qadg(
             key-value group instead of the groups; "head_dim", the size of a layer's heads instead of the heads.
 
     Raises:
-        ValueError: if the forward does not take these inputs, naming what it takes, or for an unknown kind.
+        ValueError: if the forward does not take these inputs, naming what it takes, for an unknown kind, or if the
+            weights are packed already.
     """
+    if any(isinstance(module, PackedLayer) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is compressed already, its weights are integers: take the float model."
+        )
+    optional = (optional,) if isinstance(optional, str) else optional
     captured = capture(model, inputs)
     walk = Walk(captured).run()
     space = SearchSpace(walk, model, optional)
@@ -86,12 +93,10 @@ def _tried(model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, on_weights: 
     names = [axis.name for axis in qadg.axes]
     for law_of in (Law, ShapeLaw) if on_weights else (ShapeLaw,):
         try:
-            law = law_of(model, inputs, qadg)
-            failures = failing(names, law)
-            if failures and (problem := law(())):
-                raise ValueError(problem)  # the model breaks it as it is: it draws numbers, or does not run like this
+            failures = failing(names, law_of(model, inputs, qadg))
         except TRACING_ERRORS as error:
-            logger.debug("%s says nothing about %s: %s", law_of.__name__, type(model).__name__, error)
+            level, how = (logging.WARNING, "its weights") if law_of is Law else (logging.DEBUG, "shapes")
+            logger.log(level, "%s could not be tried on %s: %s", type(model).__name__, how, describe_error(error))
             continue
         for why in dict.fromkeys(failures.values()):
             names = fold_names(name for name, reason in failures.items() if reason == why)

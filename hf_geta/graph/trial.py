@@ -34,10 +34,11 @@ class Law:
     def __init__(
         self, model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, share: float = 0.4, seed: int = 0
     ) -> None:
-        self.model, self.inputs, self.qadg = model, inputs, qadg
+        self.model, self.qadg = model, qadg
+        self.inputs = pytree.tree_map_only(Tensor, in_float32, dict(inputs))
         draw = random.Random(seed)
         self.removed = {axis.name: draw.sample(range(axis.size), max(1, int(share * axis.size))) for axis in qadg.axes}
-        self.dense = run(structural_copy(model, in_float32), inputs)
+        self.dense = run(structural_copy(model, in_float32), self.inputs)
 
     def masked(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The outputs when the removed groups of these axes are zero."""
@@ -67,7 +68,8 @@ class Law:
             scale = _largest(self.dense.get(name, tensor))
             moved, error = _difference(self.dense.get(name), tensor), _difference(tensor, pruned.get(name))
             if not error <= max(OF_MOVED * moved, OF_SCALE * scale):
-                return f"pruning changes {name or 'the output'} by {error:.1e} more than masking does ({moved:.1e})"
+                where = name or "the output"
+                return f"pruned and masked differ by {error:.1e} in {where}, which masking moves by {moved:.1e}"
         return ""
 
 
@@ -91,9 +93,15 @@ class ShapeLaw:
 
 
 def failing(names: Sequence[str], law: Failure) -> dict[str, str]:
-    """The axes that cannot shrink, with the reason, such that all others can together."""
+    """The axes that cannot shrink, with the reason, such that all others can together.
+
+    Raises:
+        ValueError: if the law breaks where nothing shrinks: the model draws numbers, or does not run like this.
+    """
     if not names or not law(names):
         return {}
+    if problem := law(()):
+        raise ValueError(problem)
     kept: list[str] = []
     failures: dict[str, str] = {}
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_geta.graph.build import build_qadg
 from hf_geta.graph.qadg import QADG
+from hf_geta.graph.tracing import named_tensors
 from hf_geta.graph.trial import Law, distance, failing
 
 
@@ -57,7 +58,12 @@ def verify_qadg(
         qadg: of this model, from `build_qadg`; if not given, the one that these inputs give.
         share: of the groups of each axis to remove; at least one goes and one stays.
         seed: of the choice of groups.
+
+    Raises:
+        ValueError: for a model on the meta device, which computes nothing.
     """
+    if any(tensor.is_meta for tensor in named_tensors(model).values()):
+        raise ValueError(f"{type(model).__name__} is on the meta device: load it with its weights to verify them.")
     qadg = build_qadg(model, inputs) if qadg is None else qadg
     law = Law(model, inputs, qadg, share, seed)
     names = [axis.name for axis in qadg.axes]

@@ -94,6 +94,24 @@ def test_what_a_wrong_rule_promises_is_frozen_with_the_reason_and_the_rest_goes_
     assert verify_qadg(model, ROW, qadg).holds
 
 
+def test_half_precision_is_tried_as_well(caplog):
+    model, inputs = Layers(lambda x: reverse(x)).eval().bfloat16(), {"x": ROW["x"].bfloat16()}
+    qadg = build_qadg(model, inputs)
+    assert [axis.size for axis in qadg.axes] == [10]
+    assert verify_qadg(model, inputs, qadg).holds
+    assert "could not be tried" not in caplog.text
+
+
+def test_a_model_that_cannot_be_tried_on_its_weights_is_tried_on_shapes_and_says_so(caplog):
+    model = Layers(lambda x: add_twelve(x)).eval().to("meta")
+    inputs = {"x": torch.empty(2, 7, 5, device="meta")}
+    qadg = build_qadg(model, inputs, verify=True)
+    assert [axis.size for axis in qadg.axes] == [10]
+    assert "could not be tried on its weights" in caplog.text
+    with pytest.raises(ValueError, match="on the meta device: load it with its weights"):
+        verify_qadg(model, inputs, qadg)
+
+
 def test_shapes_are_tried_where_there_are_no_weights():
     with torch.device("meta"):
         model = Layers(lambda x: add_twelve(x)).eval()

@@ -28,6 +28,7 @@ from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
 from hf_geta.graph.build import build_qadg
 from hf_geta.graph.qadg import QADG
+from hf_geta.graph.tracing import float_tensors
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable
@@ -206,7 +207,7 @@ def _kept_numel(
 def output_difference(model: nn.Module, small: nn.Module, inputs: Inputs) -> float:
     """||small(x) - model(x)|| / ||model(x)|| over all floating outputs, both in eval mode."""
     modes = [(module, module.training) for module in model.modules()]
-    outputs = [_floating_outputs(m.eval()(**inputs)) for m in (model, small)]
+    outputs = [list(float_tensors(m.eval()(**inputs)).values()) for m in (model, small)]
     for module, training in modes:
         module.training = training
     difference = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(*outputs, strict=True))
@@ -246,10 +247,3 @@ def _round_widths_(model: nn.Module, config: GETAConfig) -> None:
         if (bits - whole).abs().max() > 1e-3:
             logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
         table.project_(whole, whole)
-
-
-def _floating_outputs(output: Any) -> list[Tensor]:
-    values = (
-        output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
-    )
-    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]

@@ -210,8 +210,9 @@ class QADG:
         for frozen in self.frozen:
             for dimension in frozen.dimensions:
                 if dimension.rpartition("[")[0] == name:
-                    place = " in ".join(filter(None, (frozen.operator, frozen.module)))
-                    lines.append(f"  dimension {dimension.rpartition('[')[2][:-1]}: frozen, {frozen.reason}: {place}")
+                    where = " in ".join(filter(None, (frozen.operator, frozen.module)))
+                    why = ": ".join(filter(None, (frozen.reason, where)))
+                    lines.append(f"  dimension {dimension.rpartition('[')[2][:-1]}: frozen, {why}")
         if not lines:
             raise ValueError(f"{name!r} is no axis and no tensor of the forward; the axes are {self._names()}.")
         return "\n".join([name, *sorted(lines)])

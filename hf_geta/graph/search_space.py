@@ -13,6 +13,7 @@ from hf_geta.checkpoint.models import classes_by_config
 from hf_geta.config import OPTIONAL_AXES
 from hf_geta.graph.axes import AxisNode, Reason, find, freeze, is_frozen, leaves, positions, tag, tags, unify
 from hf_geta.graph.capture import transient_buffers
+from hf_geta.graph.folding import common_path
 from hf_geta.graph.integers import Attribute
 from hf_geta.graph.realizable import freeze_alone_unrealizable, freeze_unrealizable, names_in
 from hf_geta.graph.rules.context import BATCHED, CONSUMED, CONVOLVED, LOOKED_UP, STACKED
@@ -173,12 +174,12 @@ class SearchSpace:
     def _names(self, kinds: dict[AxisNode, str]) -> dict[AxisNode, str]:
         """Unique names: the path that the modules of a leaf have in common if it is close, else the first module's."""
         modules = {leaf: [slot.tensor.split(".")[:-1] for slot in self.slots[leaf]] for leaf in kinds}
-        near = {leaf: _join(_common_path(paths), kinds[leaf]) for leaf, paths in modules.items()}
+        near = {leaf: _join(common_path(paths), kinds[leaf]) for leaf, paths in modules.items()}
         shared = Counter(near.values())
         names: dict[AxisNode, str] = {}
         taken: set[str] = set()
         for leaf, paths in modules.items():
-            distance = max(map(len, paths)) - len(_common_path(paths))
+            distance = max(map(len, paths)) - len(common_path(paths))
             is_own = distance <= MAX_DISTANCE and shared[near[leaf]] == 1
             name = near[leaf] if is_own else _join(paths[0], kinds[leaf])
             numbered = (f"{name}.{number}" for number in itertools.count(1))
@@ -225,12 +226,3 @@ def _rivals(axis: AxisNode) -> list[list[AxisNode]]:
 
 def _join(path: list[str], kind: str) -> str:
     return ".".join((*path, SUFFIXES[kind]))
-
-
-def _common_path(paths: list[list[str]]) -> list[str]:
-    common = []
-    for steps in zip(*paths, strict=False):
-        if len(set(steps)) > 1:
-            break
-        common.append(steps[0])
-    return common

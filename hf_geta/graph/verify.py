@@ -60,7 +60,7 @@ def verify_qadg(
         seed: of the choice of groups.
 
     Raises:
-        ValueError: for a model on the meta device, which computes nothing.
+        ValueError: for a model on the meta device, which computes nothing, and for one that does not repeat itself.
     """
     if any(tensor.is_meta for tensor in named_tensors(model).values()):
         raise ValueError(f"{type(model).__name__} is on the meta device: load it with its weights to verify them.")

@@ -30,6 +30,8 @@ ENTRIES = {
     "channel": "channels",
     "expert_hidden": "hidden units of each expert",
     "embedding": "embedding entries",
+    "query_head": "query heads of each group",
+    "head_dim": "entries of each head",
 }
 COLOURS = ("attention_head", "kv_group", "mlp", "channel", "expert_hidden", "embedding")  # those of page.py
 
@@ -80,10 +82,10 @@ def draw_svg(qadg: QADG, tensors: Tensors, picture: Picture) -> str:
     width = labels_x + CHARACTER * max(map(len, labels.values()), default=0) + bars + 2 * MARGIN + INDENT
     classes = {tie: kind_class(of_tie[0].kind) for tie, of_tie in enumerate(axes)}
     parts = [_draw_frame(frame, width) for frame in sorted(frames, key=lambda frame: frame.depth)]
-    lines = {number: tracks_x + gap * track.lane for track in tracks for number, *_ in track.dots}
+    lines: dict[int, float] = {}  # how far right the outermost track of each row is
     for track in tracks:
         for number, *_ in track.dots:
-            lines[number] = max(lines[number], tracks_x + gap * track.lane)
+            lines[number] = max(lines.get(number, 0), tracks_x + gap * track.lane)
     parts += [_draw_row(one, shapes_x, lines.get(number), classes) for number, one in enumerate(placed)]
     taken: set[int] = set()
     for track in tracks:

@@ -53,11 +53,18 @@ def load_model(source: str | Path, class_name: str | None = None) -> PreTrainedM
     """The model of a Hub id or of a folder, with its weights.
 
     Raises:
-        ValueError: as `build_skeleton`, and where there are no weights for it.
+        ValueError: as `build_skeleton`, and where there are no weights for it or only those of another architecture,
+            which transformers would replace by random ones.
     """
     config = _read_config(str(source))
+    owner = _model_class(config, class_name)
+    if (expected := getattr(owner, "config_class", None)) and expected.model_type not in _model_types(config):
+        raise ValueError(
+            f"{source}: {class_name} is a model of type {expected.model_type}, these are the weights of a "
+            f"{config.model_type} model."
+        )
     try:
-        return _model_class(config, class_name).from_pretrained(source)
+        return owner.from_pretrained(source)
     except BUILD_ERRORS as error:
         raise ValueError(f"{source}: the model cannot be loaded: {_short(error)}") from error
 
@@ -96,6 +103,12 @@ def _read_config(source: str) -> Any:
             f"{source}: no such folder here, and no config.json of that name can be had from the Hub "
             f"(is the name right, and the Hub reachable?): {_short(error)}"
         ) from error
+
+
+def _model_types(config: Any) -> set[str]:
+    """Of a config and of those inside it."""
+    inner = [value for value in vars(config).values() if hasattr(value, "model_type")]
+    return {config.model_type}.union(*(_model_types(value) for value in inner))
 
 
 def _model_class(config: Any, class_name: str | None) -> Any:

@@ -55,6 +55,19 @@ def test_the_class_is_the_one_asked_for_else_that_of_the_config(folder, class_na
     assert type(load_model(folder, class_name)).__name__ == built
 
 
+def test_weights_of_one_architecture_are_not_loaded_as_another(folder):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is a model of type llama.*of a vit model"):
+        load_model(folder, "LlamaForCausalLM")
+
+
+def test_a_part_of_a_model_is_loaded_from_the_whole(tmp_path):
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    vision = text | {"image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text | {"vocab_size": 50}, vision_config=vision)
+    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    assert type(load_model(tmp_path, "CLIPTextModel")) is transformers.CLIPTextModel
+
+
 def test_a_config_without_a_class_builds_the_base_model(tmp_path):
     transformers.ViTConfig(**VALUES).save_pretrained(tmp_path)
     assert type(build_skeleton(tmp_path)).__name__ == "ViTModel"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_geta.graph.build import build_qadg
+from hf_geta.graph.capture import check_inputs
 from hf_geta.graph.qadg import QADG
 from hf_geta.graph.tracing import named_tensors
 from hf_geta.graph.trial import Law, distance, failing
@@ -60,10 +61,12 @@ def verify_qadg(
         seed: of the choice of groups.
 
     Raises:
-        ValueError: for a model on the meta device, which computes nothing, and for one that does not repeat itself.
+        ValueError: for a model on the meta device, which computes nothing, for one that does not repeat itself, and
+            for inputs that the forward has no names for.
     """
     if any(tensor.is_meta for tensor in named_tensors(model).values()):
         raise ValueError(f"{type(model).__name__} is on the meta device: load it with its weights to verify them.")
+    check_inputs(model, inputs)
     qadg = build_qadg(model, inputs) if qadg is None else qadg
     law = Law(model, inputs, qadg, share, seed)
     names = [axis.name for axis in qadg.axes]

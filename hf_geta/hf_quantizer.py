@@ -137,8 +137,9 @@ def _packed_layers(model: PreTrainedModel) -> Iterator[tuple[str, PackedLayer]]:
 
 def _check_loaded(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None:
     """Refuse tensors of another shape, which transformers 5.17 lets pass, and packed layers without their tensors."""
+    tied = getattr(model, "all_tied_weights_keys", {})  # these take the shape of what they are tied to
     for name, tensor in model.state_dict().items():
-        if tensor.shape != shapes[name]:
+        if tensor.shape != shapes[name] and name not in tied:
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)} in the checkpoint's file, and {list(shapes[name])} by its "
                 "config.json: the two are not from one save; get them again."

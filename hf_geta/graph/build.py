@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_geta.checkpoint.layers import PackedLayer
@@ -94,6 +95,8 @@ def _tried(model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, on_weights: 
     for law_of in (Law, ShapeLaw) if on_weights else (ShapeLaw,):
         try:
             failures = failing(names, law_of(model, inputs, qadg))
+            if failures and law_of is Law:
+                failures = _failing_in_double(names, model, inputs, qadg, failures)
         except TRACING_ERRORS as error:
             level, how = (logging.WARNING, "its weights") if law_of is Law else (logging.DEBUG, "shapes")
             logger.log(level, "%s could not be tried on %s: %s", type(model).__name__, how, describe_error(error))
@@ -103,6 +106,16 @@ def _tried(model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, on_weights: 
             logger.warning("%s: frozen, since pruning it fails: %s", ", ".join(names), why)
         return qadg.without({name: f"tried and found wrong: {why}" for name, why in failures.items()})
     return qadg
+
+
+def _failing_in_double(
+    names: list[str], model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, failures: dict[str, str]
+) -> dict[str, str]:
+    """What still fails where rounding cannot be why; a model that insists on its own precision is judged in that."""
+    try:
+        return failing(names, Law(model, inputs, qadg, dtype=torch.float64))
+    except TRACING_ERRORS:
+        return failures
 
 
 def _is_cheap(model: nn.Module, qadg: QADG) -> bool:

@@ -74,7 +74,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
             ) from second
         captured.is_concrete = True
         logger.warning(
-            "%s decides by numbers in tensors (%s), so it was traced along the path that these inputs take.",
+            "%s could not be exported (%s), so it was traced along the path that these inputs take.",
             type(model).__name__,
             str(error).strip().partition("\n")[0],
         )

@@ -7,6 +7,7 @@ rest goes on.
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,17 +33,24 @@ class Law:
     """Called with axis names: what goes wrong when groups of all of them are removed; "" where nothing does."""
 
     def __init__(
-        self, model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, share: float = 0.4, seed: int = 0
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        qadg: QADG,
+        share: float = 0.4,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model, self.qadg = model, qadg
-        self.inputs = pytree.tree_map_only(Tensor, in_float32, dict(inputs))
+        self.cast = functools.partial(cast, dtype=dtype)
+        self.inputs = pytree.tree_map_only(Tensor, self.cast, dict(inputs))
         draw = random.Random(seed)
         self.removed = {axis.name: draw.sample(range(axis.size), max(1, int(share * axis.size))) for axis in qadg.axes}
-        self.dense = run(structural_copy(model, in_float32), self.inputs)
+        self.dense = run(structural_copy(model, self.cast), self.inputs)
 
     def masked(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The outputs when the removed groups of these axes are zero."""
-        twin = structural_copy(self.model, in_float32)
+        twin = structural_copy(self.model, self.cast)
         touched = {member.tensor for axis in self.qadg.axes for member in axis.members}
         for name, tensor in named_tensors(twin).items():
             if name in touched:
@@ -53,7 +61,7 @@ class Law:
     def outputs_or_error(self, names: Iterable[str]) -> dict[str, Tensor] | str:
         """The outputs when these groups are cut out, or the error that this ends in."""
         try:
-            twin = structural_copy(self.model, in_float32)
+            twin = structural_copy(self.model, self.cast)
             self.qadg.prune_(twin, {name: self.removed[name] for name in names})
             return run(twin, self.inputs)
         except TRACING_ERRORS as error:
@@ -127,9 +135,9 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         return float_tensors(model.eval()(**inputs))
 
 
-def in_float32(tensor: Tensor) -> Tensor:
-    """A tensor in the precision that outputs are compared in."""
-    return tensor.data.float() if tensor.is_floating_point() else tensor.data
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor's numbers, in the precision that outputs are compared in if they are floats."""
+    return tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
 
 
 def other_inputs(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

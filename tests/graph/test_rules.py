@@ -248,6 +248,12 @@ SNIPPETS = {
         IMAGE,
         [12],
     ),
+    "a loss": (
+        lambda m, x: m.from_hidden(h := m.to_hidden(x)) * F.cross_entropy(h.flatten(0, 1), torch.arange(14) % 12),
+        ROW,
+        [],
+    ),
+    "strides": (lambda m, x: m.from_hidden((h := m.to_hidden(x)).as_strided(h.shape, h.stride())), ROW, []),
     "the largest of all": (lambda m, x: m.from_hidden((h := m.to_hidden(x)) / h.max()), ROW, []),
     "gather over another": (
         lambda m, x: m.from_hidden((h := m.to_hidden(x)).gather(1, torch.zeros_like(h, dtype=torch.long))),

@@ -27,6 +27,17 @@ POOLING = {
     3: (aten.avg_pool3d, aten.max_pool3d, aten.adaptive_avg_pool3d, aten.adaptive_max_pool3d),
 }
 
+LOSSES = (
+    *(aten.cross_entropy_loss, aten.nll_loss, aten.nll_loss_nd, aten.mse_loss, aten.l1_loss, aten.smooth_l1_loss),
+    *(aten.huber_loss, aten.binary_cross_entropy, aten.binary_cross_entropy_with_logits, aten.ctc_loss, aten.kl_div),
+    *(aten.cosine_embedding_loss, aten.margin_ranking_loss, aten.triplet_margin_loss),
+)
+MIXING = (
+    *(aten.as_strided, aten.bucketize, aten.searchsorted, aten.cdist, aten.pairwise_distance, aten.cosine_similarity),
+    *(aten.linalg_solve_triangular, aten.linalg_inv, aten.linalg_solve, aten.linalg_qr, aten.linalg_svd),
+    *(aten.fft_fft, aten.fft_ifft, aten.fft_rfft, aten.fft_irfft, aten.fft_fftn, aten.fft_rfft2, aten.fft_irfft2),
+    *(aten.stft, aten.istft, aten.histc, aten.repeat_interleave.self_Tensor, aten.repeat_interleave.Tensor),
+)
 UPSAMPLING = (
     *(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten.upsample_linear1d),
     *(aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_trilinear3d, aten._upsample_bicubic2d_aa),
@@ -63,6 +74,25 @@ def _dims(axes: Axes, x: TensorAxes, arguments: tuple[Any, ...]) -> list[int]:
     if isinstance(dims, int):
         dims = [dims]
     return [dim % len(x) for dim in dims] if dims and len(x) else list(range(len(x)))
+
+
+@rule(*LOSSES)
+def loss(axes: Axes, *arguments: Any) -> TensorAxes:
+    """One number of all, or one for each sample: nothing that it looks at can lose entries."""
+    for argument in arguments:
+        axes.freeze(argument if isinstance(argument, TensorAxes) else (), "in a loss")
+    return axes.frozen(axes.shape, "in a loss")
+
+
+@rule(*MIXING)
+def mix_all(axes: Axes, *arguments: Any) -> TensorAxes | list[TensorAxes]:
+    """Operators in which every entry may meet every other."""
+    text = "mixed with its other entries"
+    for argument in arguments:
+        axes.freeze(argument if isinstance(argument, TensorAxes) else (), text)
+    if isinstance(axes.shape, list):
+        return [axes.frozen(shape, text) for shape in axes.shape]
+    return axes.frozen(axes.shape, text)
 
 
 @rule(aten.layer_norm, aten.rms_norm)

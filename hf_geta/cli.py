@@ -50,6 +50,8 @@ def graph(options: argparse.Namespace) -> int:
     from hf_geta.graph.page import draw_html
     from hf_geta.graph.table import Tensors, format_table, to_dict
 
+    if options.html and not options.html.absolute().parent.is_dir():
+        raise ValueError(f"--html {options.html}: there is no such folder to write to.")
     for file in options.rules:
         import_rules(file)
     model = build_skeleton(options.model, options.model_class)

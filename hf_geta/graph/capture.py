@@ -1,7 +1,7 @@
 """A model and example inputs -> one flat ATen graph, with the Python integers that its operators were given.
 
 What is traced is a copy that shares the weights: hooks, caches, train mode, gradients and random state of the model
-itself are never touched.
+itself are never touched. (Hooks of the copy run, on what is traced.)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import inspect
 import logging
 import operator
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
         ValueError: if the forward does not take these inputs, naming what it takes.
     """
     check_inputs(model, inputs)
+    _check_forwards(model)
     try:
         return _capture(model, inputs, export)
     except TRACING_ERRORS as error:
@@ -115,6 +117,18 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         return
     if unknown := ", ".join(key for key in inputs if key not in parameters):
         raise ValueError(f"{type(model).__name__}.forward does not take {unknown}; it takes {_takes(model)}.")
+
+
+def _check_forwards(model: nn.Module) -> None:
+    """Refuse what a copy does not take along: it would run the original's modules, at the original's sizes."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("the model is compiled: give the model itself (compiled._orig_mod), and compile it later.")
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("forward"), types.FunctionType):
+            raise ValueError(
+                f"{name or type(module).__name__} has a function as its own forward, which stays with the original "
+                "when the model is copied: write it as a method of a class, or set it afterwards."
+            )
 
 
 def _takes(model: nn.Module) -> str:

@@ -223,6 +223,8 @@ class QADG:
         for frozen in self.frozen:
             operator = f" by {frozen.operator}" if frozen.operator else ""
             counts[f"{frozen.reason}{operator}"] += len(frozen.dimensions)
+        if not counts:
+            return "Nothing is frozen."
         return "Frozen dimensions: " + "; ".join(f"{count} {why}" for why, count in counts.most_common()) + "."
 
     def __str__(self) -> str:

@@ -45,8 +45,13 @@ class Law:
         self.cast = functools.partial(cast, dtype=dtype)
         self.inputs = pytree.tree_map_only(Tensor, self.cast, dict(inputs))
         draw = random.Random(seed)
-        self.removed = {axis.name: draw.sample(range(axis.size), max(1, int(share * axis.size))) for axis in qadg.axes}
+        self.removed = {
+            axis.name: draw.sample(range(axis.size), min(axis.size - 1, max(1, int(share * axis.size))))
+            for axis in qadg.axes
+        }
         self.dense = run(structural_copy(model, self.cast), self.inputs)
+        if not any(tensor.isfinite().any() for tensor in self.dense.values()):
+            raise ValueError("it computes no finite number")
 
     def masked(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The outputs when the removed groups of these axes are zero."""

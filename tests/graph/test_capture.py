@@ -69,3 +69,16 @@ def test_tied_parameters_are_one_tensor():
 def test_inputs_that_do_not_fit_are_refused_with_what_would(inputs, message):
     with pytest.raises(ValueError, match=message):
         capture(Attention(), inputs)
+
+
+def test_a_function_that_a_copy_would_not_take_along_is_refused_with_the_module_that_has_it():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    original = model[1].forward
+    model[1].forward = lambda x: original(x)
+    with pytest.raises(ValueError, match="^1 has a function as its own forward"):
+        capture(model, {"input": torch.randn(3, 4)})
+
+
+def test_a_compiled_model_is_refused_before_it_compiles():
+    with pytest.raises(ValueError, match="compiled._orig_mod"):
+        capture(torch.compile(nn.Linear(4, 2)), {"input": torch.randn(3, 4)})

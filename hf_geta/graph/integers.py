@@ -3,13 +3,13 @@
 A forward that says `x.view(batch, tokens, self.num_heads, 64)` or `x.split(self.split_size)` holds sizes in Python.
 While the model is traced, such integers are `TracedInt`s: ints that carry an expression over attributes
 (`Attribute("transformer.h.0.attn.split_size")`), sizes of tensors (`SizeOf`) and constants. What an operator asks of
-them becomes an `Equation`; `solve` finds the attributes of a pruned model, or says which equation has no solution.
+them becomes an `Equation`; `solving.py` finds the attributes of a pruned model.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ class SizeOf(NamedTuple):
     dim: int
 
 
-class Operation(NamedTuple):
+class Arithmetic(NamedTuple):
     """`left symbol right`, with Python's integer arithmetic."""
 
     symbol: str
@@ -36,8 +36,8 @@ class Operation(NamedTuple):
     right: Any
 
 
-# An expression is an int, an Operation of expressions, or a leaf: any other hashable (Attribute, SizeOf, an axis).
-Expression = int | Operation | Hashable
+# An expression is an int, an Arithmetic of expressions, or a leaf: any other hashable (Attribute, SizeOf, an axis).
+Expression = int | Arithmetic | Hashable
 
 
 class Equation(NamedTuple):
@@ -119,7 +119,7 @@ def _traced(symbol: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:
         left, right = (other, self) if reflected else (self, other)
         value = ARITHMETIC[symbol](int(left), int(right))
         operations = 1 + sum(side.operations for side in (left, right) if isinstance(side, TracedInt))
-        expression = Operation(symbol, expression_of(left), expression_of(right))
+        expression = Arithmetic(symbol, expression_of(left), expression_of(right))
         return TracedInt(value, expression, self.equalities, operations)
 
     return compute
@@ -166,7 +166,7 @@ def flat_integers(value: Any) -> Iterator[int]:
 
 def expression_leaves(expression: Expression) -> Iterator[Hashable]:
     """The leaves of an expression, in order."""
-    if isinstance(expression, Operation):
+    if isinstance(expression, Arithmetic):
         yield from expression_leaves(expression.left)
         yield from expression_leaves(expression.right)
     elif not isinstance(expression, int):
@@ -175,9 +175,9 @@ def expression_leaves(expression: Expression) -> Iterator[Hashable]:
 
 def substitute(expression: Expression, replace: Callable[[Hashable], Expression]) -> Expression:
     """The expression with every leaf replaced, and what has become constant computed."""
-    if isinstance(expression, Operation):
+    if isinstance(expression, Arithmetic):
         left, right = substitute(expression.left, replace), substitute(expression.right, replace)
-        result = Operation(expression.symbol, left, right)
+        result = Arithmetic(expression.symbol, left, right)
         is_constant = isinstance(left, int) and isinstance(right, int) and (right != 0 or expression.symbol in "+-*")
         return evaluate(result, {}) if is_constant else result
     return expression if isinstance(expression, int) else replace(expression)
@@ -190,131 +190,7 @@ def evaluate(expression: Expression, values: Mapping[Hashable, int]) -> int:
         KeyError: for a leaf without a value.
         ZeroDivisionError: as Python would.
     """
-    if isinstance(expression, Operation):
+    if isinstance(expression, Arithmetic):
         left, right = evaluate(expression.left, values), evaluate(expression.right, values)
         return ARITHMETIC[expression.symbol](left, right)
     return expression if isinstance(expression, int) else values[expression]
-
-
-class UnsolvableError(ValueError):
-    """No values of the attributes satisfy `equation`."""
-
-    def __init__(self, equation: Equation) -> None:
-        super().__init__(f"{equation.reason}: {equation.left} == {equation.right} has no solution")
-        self.equation = equation
-
-
-def solve(
-    equations: Collection[Equation], sizes: Mapping[Any, int], attributes: Mapping[Attribute, int]
-) -> dict[Attribute, int]:
-    """The values that attributes must have when the leaves have the given sizes.
-
-    Attributes stay as they are where they can.
-
-    Args:
-        equations: over the leaves of `sizes` and attributes.
-        sizes: the value of every leaf that is no attribute.
-        attributes: the attributes' values in the traced model.
-
-    Returns:
-        Every attribute that occurs in `equations` with its new value.
-
-    Raises:
-        UnsolvableError: naming an equation that no choice of attributes satisfies.
-    """
-    solution: dict[Attribute, int] = {}
-    for component in _components(equations):
-        names = {name for equation in component for name in _names(equation)}
-        values = {name: sizes[name] for name in names if not isinstance(name, Attribute)}
-        solution.update(_search(component, values, attributes))
-    return solution
-
-
-def _names(equation: Equation) -> frozenset[Hashable]:
-    return frozenset((*expression_leaves(equation.left), *expression_leaves(equation.right)))
-
-
-def _components(equations: Iterable[Equation]) -> list[list[Equation]]:
-    """The equations, those together that share attributes."""
-    found: list[tuple[set[Hashable], list[Equation]]] = []
-    for equation in equations:
-        names: set[Hashable] = {name for name in _names(equation) if isinstance(name, Attribute)}
-        joined = [component for component in found if component[0] & names]
-        found = [component for component in found if not component[0] & names]
-        members = [member for component in joined for member in component[1]]
-        found.append((names.union(*(component[0] for component in joined)), [*members, equation]))
-    return [members for _, members in found]
-
-
-def _search(
-    equations: Collection[Equation], values: Mapping[Hashable, int], attributes: Mapping[Attribute, int]
-) -> dict[Attribute, int]:
-    """A solution by trying, the equation with the fewest unknowns first."""
-    waiting = []
-    for equation in equations:
-        unknowns = {name for name in _names(equation) if name not in values}
-        if unknowns:
-            waiting.append((len(unknowns), equation))
-        elif not _holds(equation, values):
-            raise UnsolvableError(equation)
-    if not waiting:
-        return {}
-    _, chosen = min(waiting, key=lambda item: item[0])
-    failure = UnsolvableError(chosen)
-    for number, (name, value) in enumerate(_candidates(chosen, values, attributes)):
-        try:
-            rest = _search([equation for _, equation in waiting], {**values, name: value}, attributes)
-            return {name: value, **rest}
-        except UnsolvableError as error:
-            failure = error if number == 0 else failure
-    raise failure
-
-
-def _holds(equation: Equation, values: Mapping[Hashable, int]) -> bool:
-    try:
-        return evaluate(equation.left, values) == evaluate(equation.right, values)
-    except ZeroDivisionError:
-        return False
-
-
-def _candidates(
-    equation: Equation, values: Mapping[Hashable, int], attributes: Mapping[Attribute, int]
-) -> Iterator[tuple[Attribute, int]]:
-    """Attributes of the equation with values that satisfy it, the other unknown ones as they were."""
-    unknowns = sorted(name for name in _names(equation) if isinstance(name, Attribute) and name not in values)
-    before: dict[Hashable, int] = {name: attributes[name] for name in unknowns}
-    for name in unknowns:
-        known: dict[Hashable, int] = {**before, **values}
-        if _holds(equation, known):
-            yield name, known[name]
-        del known[name]
-        for here, there in ((equation.left, equation.right), (equation.right, equation.left)):
-            if name in expression_leaves(here) and name not in expression_leaves(there):
-                value = _invert(here, evaluate(there, known), name, known)
-                if value is not None and value > 0 and _holds(equation, {**known, name: value}):
-                    yield name, value
-
-
-def _invert(expression: Expression, target: int | None, name: Attribute, values: Mapping[Hashable, int]) -> int | None:
-    """The value of `name`, which occurs once, that gives the expression the value `target`; None if there is none."""
-    if expression == name or target is None:
-        return target
-    if not isinstance(expression, Operation):
-        return None
-    symbol, left, right = expression
-    in_left, in_right = name in expression_leaves(left), name in expression_leaves(right)
-    if in_left == in_right:
-        return None
-    known = evaluate(right if in_left else left, values)
-    divides = known != 0 and target % known == 0
-    if in_left:
-        goals = {
-            "+": target - known,
-            "-": target + known,
-            "*": target // known if divides else None,
-            "//": target * known,
-        }
-        return _invert(left, goals.get(symbol), name, values)
-    quotient = known // target if target and known % target == 0 else None
-    goals = {"+": target - known, "-": known - target, "*": target // known if divides else None, "//": quotient}
-    return _invert(right, goals.get(symbol), name, values)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from hf_geta.checkpoint.manifest import read_manifest, write_manifest_
 from hf_geta.checkpoint.names import save_as_they_are_
 from hf_geta.checkpoint.prune import set_attributes_, slice_
-from hf_geta.graph.integers import Attribute, Equation, solve, substitute
+from hf_geta.graph.integers import Attribute, Equation, substitute
 from hf_geta.graph.search_space import quantizer_tensors
+from hf_geta.graph.solving import solve
 from hf_geta.graph.tracing import named_tensors
 
 logger = logging.getLogger(__name__)

@@ -11,16 +11,8 @@ import random
 from collections.abc import Collection, Iterable, Mapping
 
 from hf_geta.graph.axes import AxisNode, Reason, find, freeze, is_frozen
-from hf_geta.graph.integers import (
-    Attribute,
-    Equation,
-    Expression,
-    Operation,
-    UnsolvableError,
-    expression_leaves,
-    solve,
-    substitute,
-)
+from hf_geta.graph.integers import Arithmetic, Attribute, Equation, Expression, substitute
+from hf_geta.graph.solving import UnsolvableError, components, names_in, solve
 
 logger = logging.getLogger(__name__)
 
@@ -60,31 +52,6 @@ def freeze_alone_unrealizable(rivals: Iterable[AxisNode], equations: Iterable[Eq
             freeze(leaf, _reason(error.equation))
 
 
-def components(equations: Iterable[Equation]) -> list[list[Equation]]:
-    """The equations, those together that share attributes or axes, in order."""
-    parents: dict[object, object] = {}
-
-    def root(name: object) -> object:
-        while (parent := parents.setdefault(name, name)) != name:
-            parents[name] = parents[parent]
-            name = parent
-        return name
-
-    names = {equation: list(names_in(equation)) for equation in equations}
-    for first, *others in filter(None, names.values()):
-        for other in others:
-            parents[root(other)] = root(first)
-    found: dict[object, list[Equation]] = {}
-    for equation, (first, *_) in names.items():
-        found.setdefault(root(first), []).append(equation)
-    return list(found.values())
-
-
-def names_in(equation: Equation) -> dict[object, None]:
-    """The axes and attributes of an equation."""
-    return dict.fromkeys((*expression_leaves(equation.left), *expression_leaves(equation.right)))
-
-
 def _axes_in(equations: Iterable[Equation]) -> dict[AxisNode, None]:
     names = (name for equation in equations for name in names_in(equation))
     return dict.fromkeys(name for name in names if isinstance(name, AxisNode))
@@ -113,7 +80,7 @@ def _size_expression(leaf: object) -> Expression:
     sizes = [_size_expression(part) for part in axis.parts]
     total = sizes[0]
     for size in sizes[1:]:
-        total = Operation("*" if axis.is_product else "+", total, size)
+        total = Arithmetic("*" if axis.is_product else "+", total, size)
     return total
 
 

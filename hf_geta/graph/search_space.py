@@ -15,8 +15,9 @@ from hf_geta.graph.axes import AxisNode, Reason, find, freeze, is_frozen, leaves
 from hf_geta.graph.capture import transient_buffers
 from hf_geta.graph.folding import common_path
 from hf_geta.graph.integers import Attribute
-from hf_geta.graph.realizable import freeze_alone_unrealizable, freeze_unrealizable, names_in
+from hf_geta.graph.realizable import freeze_alone_unrealizable, freeze_unrealizable
 from hf_geta.graph.rules.context import BATCHED, CONSUMED, CONVOLVED, LOOKED_UP, STACKED
+from hf_geta.graph.solving import names_in
 from hf_geta.graph.walk import Walk
 from hf_geta.quantization.quantizers import Quantizer
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_geta.graph.axes import AxisNode, align, concatenation, cut, product
-from hf_geta.graph.integers import Expression, Operation, expression_of
+from hf_geta.graph.integers import Arithmetic, Expression, expression_of
 from hf_geta.graph.rules.context import Axes, TensorAxes
 from hf_geta.graph.rules.registry import rule
 
@@ -206,7 +206,7 @@ def _every(axes: Axes, axis: AxisNode, first: int, last: int, step: int) -> Axis
 def _from_start(bound: int | None, axis: AxisNode) -> Expression:
     """A bound of a slice, counted from the start as an expression."""
     expression = expression_of(bound)
-    return expression if int(bound or 0) >= 0 else Operation("+", axis, expression)
+    return expression if int(bound or 0) >= 0 else Arithmetic("+", axis, expression)
 
 
 @rule(aten.narrow, keeps_zeros=True)
@@ -236,7 +236,7 @@ def chunk(axes: Axes, x: TensorAxes, count: int, dim: int = 0) -> list[TensorAxe
     dim %= len(x)
     pieces = cut(x[dim], [shape[dim] for shape in axes.shape])
     # torch cuts at multiples of ceil(size / count)
-    length = Operation("//", Operation("+", x[dim], int(count) - 1), int(count))
+    length = Arithmetic("//", Arithmetic("+", x[dim], int(count) - 1), int(count))
     for piece in pieces[:-1]:
         axes.require(length, piece, "the size of a chunk")
     if len(pieces) != int(count):

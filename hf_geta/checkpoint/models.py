@@ -44,7 +44,7 @@ def build_skeleton(source: str | Path, class_name: str | None = None) -> PreTrai
     except BUILD_ERRORS as error:
         wanted = f"as {class_name} " if class_name else ""
         raise ValueError(
-            f"{source}: a {config.model_type} model cannot be built {wanted}from this config: {_short(error)}"
+            f"{source}: a {config.model_type} model cannot be built {wanted}from this config: {first_line(error)}"
         ) from error
     return _compressed_(model, values) if values is not None else model
 
@@ -66,7 +66,7 @@ def load_model(source: str | Path, class_name: str | None = None) -> PreTrainedM
     try:
         return owner.from_pretrained(source)
     except BUILD_ERRORS as error:
-        raise ValueError(f"{source}: the model cannot be loaded: {_short(error)}") from error
+        raise ValueError(f"{source}: the model cannot be loaded: {first_line(error)}") from error
 
 
 def classes_by_config(model: nn.Module) -> dict[str, type[nn.Module]]:
@@ -98,10 +98,10 @@ def _read_config(source: str) -> Any:
         return AutoConfig.from_pretrained(str(folder) if folder.exists() else source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if folder.exists():
-            raise ValueError(f"{source}/config.json is no config of a model: {_short(error)}") from error
+            raise ValueError(f"{source}/config.json is no config of a model: {first_line(error)}") from error
         raise ValueError(
             f"{source}: no such folder here, and no config.json of that name can be had from the Hub "
-            f"(is the name right, and the Hub reachable?): {_short(error)}"
+            f"(is the name right, and the Hub reachable?): {first_line(error)}"
         ) from error
 
 
@@ -136,5 +136,6 @@ def _compressed_(model: PreTrainedModel, values: Any) -> PreTrainedModel:
     return model
 
 
-def _short(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows its first line."""
     return str(error).strip().partition("\n")[0]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_geta.checkpoint.models import first_line
 from hf_geta.graph.capture import TRACING_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class _Form:
                     type(self.model).__name__,
                 )
             return inputs
-        why = f": {_first_line(failures[0])}" if failures else " (images as lists of patches)"
+        why = f": {first_line(failures[0])}" if failures else " (images as lists of patches)"
         raise self._error(f"it does not take what its config suggests{why}")
 
     def _make(self, layouts: Mapping[str, str]) -> dict[str, Tensor]:
@@ -231,7 +232,3 @@ def _pair(size: Any) -> tuple[int, int]:
     if isinstance(size, Mapping):
         size = tuple(size.values())
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -78,7 +78,7 @@ def prepare_model(
             raise ValueError(f"{name} holds NaN: check the data and its preprocessing.")
     # tried on the weights, so that a wrong graph never costs a training run
     qadg = build_qadg(model, inputs, verify=True, optional=config.optional_axes)
-    if config.group_sparsity > 0 and not qadg.axes:
+    if config.prunes and not qadg.axes:
         raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
     with contextlib.ExitStack() as undo:
         undo.callback(restore_modules_, model)  # refused: the model as it came, for other data may do
@@ -119,7 +119,7 @@ def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps:
         for axis in preparation.qadg.axes
         if all(parameters[member.tensor].requires_grad for member in axis.members if member.tensor in parameters)
     ]
-    if preparation.config.group_sparsity > 0 and not axes:
+    if preparation.config.prunes and not axes:
         raise ValueError(
             "every prunable axis holds a frozen parameter (requires_grad=False): let some of them train, or write "
             "group_sparsity=0."

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 GRANULARITIES = ("tensor", "channel")
-SALIENCIES = ("magnitude", "taylor", "fisher")
+SALIENCIES = ("magnitude", "taylor", "fisher", "mix")
+MIXED_SALIENCIES = SALIENCIES[:3]  # what "mix" mixes, in the order of `saliency_weights`
+PARTS = ("qadg", "projection", "joint_rule")  # parts of the method that an ablation leaves out
+DEFAULT_GROUP_SPARSITY = 0.5
 OPTIONAL_AXES = ("query_head", "head_dim")  # kinds that are left alone unless they are asked for
 MIN_BITS, MAX_BITS = 2, 16
 
@@ -21,23 +25,46 @@ MIN_BITS, MAX_BITS = 2, 16
 class GETAConfig:
     """What to compress, how far, and when (Qu et al., CVPR 2025, arXiv 2502.16638, Algorithm 2).
 
-    The widths are ranges `(lower, upper)` in bits; every width is inside its range after every optimizer step
-    past the warm-up. Stage lengths follow the habit of `TrainingArguments.warmup_steps`: below 1 a share of the
-    run's optimizer steps, otherwise a number of steps. What they leave is the cool-down.
+    Two numbers of bits are a range `(lower, upper)`, more are a set of allowed widths, such as `(2, 4, 8)` (two as
+    well, with `discrete_bits`): relaxed inside its hull while it trains, in it at the end. Every width is inside its
+    range after every optimizer step past the warm-up.
+
+    The targets are either those and `group_sparsity`, or a budget (`target_bops`, `target_size`): then one price
+    decides how many groups go and how many bits stay, inside the same bounds. Stage lengths follow the habit of
+    `TrainingArguments.warmup_steps`: below 1 a share of the run's optimizer steps, otherwise a number of steps. What
+    they leave is the cool-down.
 
     Raises:
         ValueError: for a value outside its domain; the message names the value and the way out.
     """
 
-    group_sparsity: float = dataclasses.field(
-        default=0.5, metadata={"help": "Share of all pruning groups that the run removes, in [0, 1)."}
+    group_sparsity: float | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Share of all pruning groups that the run removes, in [0, 1); 0.5 if nothing is written. With a "
+            "budget: the most that it may remove, by default as many as min_groups lets go."
+        },
     )
     # `list` because HfArgumentParser reads lists from the command line; kept as a tuple.
-    weight_bits: list[int] = dataclasses.field(
-        default_factory=lambda: [4, 8], metadata={"help": "Range of the weight widths in bits: lower upper."}
+    weight_bits: list[int] | None = dataclasses.field(
+        default_factory=lambda: [4, 8],
+        metadata={
+            "help": "Weight widths in bits: two numbers are a range, lower upper; more are the widths allowed at the "
+            "end. none leaves weights in float: the run only prunes."
+        },
     )
     activation_bits: list[int] | None = dataclasses.field(
-        default=None, metadata={"help": "Range of the activation widths in bits; none leaves activations in float."}
+        default=None, metadata={"help": "Activation widths, likewise; none leaves activations in float."}
+    )
+    discrete_bits: bool = dataclasses.field(
+        default=False, metadata={"help": "Two numbers of bits are a set of allowed widths too, not a range."}
+    )
+    target_bops: float | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Budget: bit operations of the compressed model over those of the dense one, in (0, 1)."},
+    )
+    target_size: str | None = dataclasses.field(
+        default=None, metadata={"help": "Budget: bytes of the weight file, such as 4MB, 512KiB or 4000000."}
     )
     granularity: str = dataclasses.field(
         default="tensor",
@@ -62,7 +89,11 @@ class GETAConfig:
         default=10, metadata={"help": "Periods of the joint stage; each removes its part of the groups."}
     )
     saliency: str = dataclasses.field(
-        default="taylor", metadata={"help": "Score of a group: 'magnitude', 'taylor' or 'fisher'."}
+        default="taylor", metadata={"help": "Score of a group: 'magnitude', 'taylor', 'fisher' or 'mix'."}
+    )
+    saliency_weights: list[float] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "With saliency='mix': the parts of magnitude, taylor and fisher; by default equal parts."},
     )
     min_groups: int = dataclasses.field(
         default=1, metadata={"help": "Groups that every axis keeps at least (heads, hidden units, channels)."}
@@ -91,27 +122,65 @@ class GETAConfig:
         default=None, metadata={"help": "Modules kept in float; by default output embeddings and tied layers."}
     )
 
+    distillation_weight: float = dataclasses.field(
+        default=0.5, metadata={"help": "With a teacher_model: part of the loss that follows its logits, in [0, 1]."}
+    )
+    distillation_temperature: float = dataclasses.field(
+        default=2.0, metadata={"help": "Temperature of both distributions while the logits are compared."}
+    )
+    distillation_hidden_weight: float = dataclasses.field(
+        default=0.0, metadata={"help": "Weight of the distance between the hidden states; 0 leaves them alone."}
+    )
+    without: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={
+            "help": "Parts of the method to leave out, for ablation tables: 'qadg' (each layer's rows are groups by "
+            "themselves), 'projection' (widths are free until they are rounded), 'joint_rule' (pruning and "
+            "quantization side by side)."
+        },
+    )
+
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "optional_axes", "modules_to_not_convert"):
+        for name in (
+            "weight_bits",
+            "activation_bits",
+            "saliency_weights",
+            "optional_axes",
+            "modules_to_not_convert",
+            "without",
+        ):
             value = getattr(self, name)
-            if name in ("optional_axes", "modules_to_not_convert") and isinstance(value, str):
+            if isinstance(value, str):
                 value = [value]
             if isinstance(value, list | tuple):
                 object.__setattr__(self, name, tuple(value))
+        if self.group_sparsity is None and not self.has_budget:
+            object.__setattr__(self, "group_sparsity", DEFAULT_GROUP_SPARSITY)
         for name in ("group_sparsity", "initial_bits", "warmup_steps", "projection_steps", "joint_steps"):
-            if not isinstance(value := getattr(self, name), int | float):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) or (value is None and name == "group_sparsity")):
                 raise ValueError(f"{name}={value!r}: write a number.")
-        if not 0 <= self.group_sparsity < 1:
+        if self.group_sparsity is not None and not 0 <= self.group_sparsity < 1:
             raise ValueError(f"group_sparsity={self.group_sparsity}: a share in [0, 1); 0 keeps every group.")
         if not MIN_BITS <= self.initial_bits <= MAX_BITS:
             raise ValueError(f"initial_bits={self.initial_bits}: write a width from {MIN_BITS} to {MAX_BITS}.")
         self._check_bits("weight_bits")
-        if self.activation_bits is not None:
-            self._check_bits("activation_bits")
+        self._check_bits("activation_bits")
+        if self.weight_bits is None and self.activation_bits is not None:
+            raise ValueError(
+                f"activation_bits={self.activation_bits} without weight_bits: a layer rounds its weight whenever it "
+                "rounds its input; write weight_bits=(8, 8) or drop activation_bits."
+            )
+        if self.weight_bits is None and not self.prunes:
+            raise ValueError("weight_bits=None and group_sparsity=0 compress nothing: train with transformers.Trainer.")
+        self._check_budget()
         _check_choice("granularity", self.granularity, GRANULARITIES)
         _check_choice("saliency", self.saliency, SALIENCIES)
+        self._check_saliency_weights()
         for kind in self.optional_axes:
             _check_choice("optional_axes", kind, OPTIONAL_AXES)
+        for part in self.without:
+            _check_choice("without", part, PARTS)
         for name in ("bit_reduction", "pruning_periods", "min_groups", "group_divisible", "calibration_batches"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"{name}={value}: write a whole number, 1 or more.")
@@ -121,12 +190,67 @@ class GETAConfig:
                 raise ValueError(f"{name}={value}: write a share in [0, 1) or a whole number of steps.")
         if not self.quantizer_learning_rate >= 0:
             raise ValueError(f"quantizer_learning_rate={self.quantizer_learning_rate}: write 0 or more.")
+        if not 0 <= self.distillation_weight <= 1:
+            raise ValueError(f"distillation_weight={self.distillation_weight}: write a part of the loss, in [0, 1].")
+        if not self.distillation_temperature > 0:
+            raise ValueError(f"distillation_temperature={self.distillation_temperature}: write a number above 0.")
+        if not self.distillation_hidden_weight >= 0:
+            raise ValueError(f"distillation_hidden_weight={self.distillation_hidden_weight}: write 0 or more.")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a budget decides, instead of `group_sparsity`."""
+        return self.target_bops is not None or self.target_size is not None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the run may remove groups."""
+        return self.group_sparsity is None or self.group_sparsity > 0
+
+    @property
+    def target_size_bytes(self) -> int | None:
+        """`target_size` in bytes."""
+        return None if self.target_size is None else _parse_bytes(self.target_size)
+
+    def allowed_bits(self, name: str) -> tuple[int, ...] | None:
+        """The widths that "weight_bits" or "activation_bits" allow at the end, ascending; None for float."""
+        bits = getattr(self, name)
+        if bits is None or len(bits) > 2 or self.discrete_bits:
+            return bits
+        return tuple(range(bits[0], bits[1] + 1))
+
+    def _check_budget(self) -> None:
+        if self.target_bops is not None and self.target_size is not None:
+            raise ValueError(f"target_bops={self.target_bops} and target_size={self.target_size!r}: write one of them.")
+        if self.target_bops is not None and not 0 < self.target_bops < 1:
+            raise ValueError(f"target_bops={self.target_bops}: a share of the dense model's, above 0 and below 1.")
+        if self.target_size is not None:
+            object.__setattr__(self, "target_size", str(self.target_size))  # YAML reads 4000000 as a number
+            _parse_bytes(self.target_size)
+
+    def _check_saliency_weights(self) -> None:
+        weights = self.saliency_weights
+        if weights is None:
+            return
+        if self.saliency != "mix":
+            raise ValueError(f"saliency_weights={weights} are parts of a mix: write saliency='mix', or drop them.")
+        if len(weights) != len(MIXED_SALIENCIES) or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(
+                f"saliency_weights={weights}: write three numbers, 0 or more, for {', '.join(MIXED_SALIENCIES)}."
+            )
 
     def _check_bits(self, name: str) -> None:
         bits = getattr(self, name)
-        if not isinstance(bits, tuple) or len(bits) != 2 or not all(isinstance(b, int) for b in bits):
-            raise ValueError(f"{name}={bits}: write two whole numbers, the lower and the upper width, such as (4, 8).")
-        lower, upper = bits
+        if bits is None:
+            return
+        if not isinstance(bits, tuple) or len(bits) < 2 or not all(isinstance(b, int) for b in bits):
+            raise ValueError(
+                f"{name}={bits}: write two whole numbers, the lower and the upper width, such as (4, 8), or all widths "
+                "that are allowed, such as (2, 4, 8)."
+            )
+        lower, upper = bits[0], bits[-1]
+        if len(bits) > 2 and list(bits) != sorted(set(bits)):
+            raise ValueError(f"{name}={bits}: write every allowed width once, in ascending order.")
         if lower > upper:
             raise ValueError(f"{name}={bits}: the lower bound comes first; write {name}=({upper}, {lower}).")
         if lower < MIN_BITS or upper > MAX_BITS:
@@ -167,6 +291,15 @@ class GETAConfig:
     def save(self, path: str | Path) -> None:
         """Write the config as JSON (which is YAML too)."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _parse_bytes(text: str) -> int:
+    """ "4MB" -> 4,000,000; "512KiB" -> 524,288; "4000000" -> 4,000,000."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKMG]?)(i?)B)?\s*", text)
+    if found is None or not float(found[1]) > 0:
+        raise ValueError(f"target_size={text!r}: write bytes, such as '4MB', '512KiB' or 4000000.")
+    power = " KMG".index((found[2] or " ").upper())
+    return round(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

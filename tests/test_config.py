@@ -18,10 +18,19 @@ NAN = float("nan")
         ({"weight_bits": (1, 8)}, "from 2 to 16 bits"),
         ({"activation_bits": (4, 17), "initial_bits": 16}, "from 2 to 16 bits"),
         ({"weight_bits": (2.5, 4)}, "two whole numbers"),
-        ({"weight_bits": (2, 4, 8)}, "two whole numbers"),
+        ({"weight_bits": (4,)}, "two whole numbers"),
+        ({"weight_bits": (2, 8, 4)}, "every allowed width once, in ascending order"),
         ({"weight_bits": "48"}, "two whole numbers"),
         ({"weight_bits": 8}, "two whole numbers"),
-        ({"weight_bits": None}, "two whole numbers"),
+        ({"weight_bits": None, "activation_bits": (4, 8)}, "without weight_bits"),
+        ({"weight_bits": None, "group_sparsity": 0}, "compress nothing"),
+        ({"target_bops": 1.5}, "target_bops=1.5: a share of the dense model's"),
+        ({"target_bops": 0.1, "target_size": "4MB"}, "write one of them"),
+        ({"target_size": "four"}, "target_size='four': write bytes, such as '4MB'"),
+        ({"saliency_weights": (1, 1, 1)}, "write saliency='mix'"),
+        ({"saliency": "mix", "saliency_weights": (1, 1)}, "write three numbers"),
+        ({"distillation_weight": 2}, "distillation_weight=2"),
+        ({"without": "speed"}, "choose one of 'qadg', 'projection', 'joint_rule'"),
         ({"group_sparsity": "0.5"}, "group_sparsity='0.5': write a number"),
         ({"initial_bits": "16"}, "initial_bits='16': write a number"),
         ({"weight_bits": (4, 12), "initial_bits": 8}, "raise initial_bits to at least 12"),
@@ -68,3 +77,22 @@ def test_a_config_cannot_change():
     with pytest.raises(AttributeError):
         CONFIG.group_sparsity = 0.9
     assert CONFIG.weight_bits == (2, 6)
+
+
+def test_a_range_allows_every_whole_width_in_it_and_a_set_only_its_own():
+    assert GETAConfig(weight_bits=(3, 6)).allowed_bits("weight_bits") == (3, 4, 5, 6)
+    assert GETAConfig(weight_bits=(2, 4, 8)).allowed_bits("weight_bits") == (2, 4, 8)
+    assert GETAConfig(weight_bits=(4, 8), discrete_bits=True).allowed_bits("weight_bits") == (4, 8)
+    assert GETAConfig().allowed_bits("activation_bits") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4MB", 4_000_000), ("1.5 kB", 1500), ("512KiB", 524_288), ("2GiB", 2**31), (4000000, 4_000_000)]
+)
+def test_a_size_is_read_in_bytes(text, size):
+    assert GETAConfig(target_size=text).target_size_bytes == size
+
+
+def test_without_a_budget_half_of_the_groups_go_and_with_one_the_price_decides():
+    assert GETAConfig().group_sparsity == 0.5
+    assert GETAConfig(target_bops=0.05).group_sparsity is None

@@ -89,7 +89,7 @@ class Schedule:
                 f"take {stages} of the run's {self.total_steps} optimizer steps and leave none for the cool-down: "
                 "train longer (num_train_epochs, max_steps) or shorten the stages."
             )
-        if config.group_sparsity > 0 and self.joint_steps < self.pruning_periods:
+        if config.prunes and self.joint_steps < self.pruning_periods:
             raise ValueError(
                 f"pruning_periods={self.pruning_periods} do not fit the {self.joint_steps} steps of the joint stage: "
                 "raise joint_steps (or train longer), or lower pruning_periods."

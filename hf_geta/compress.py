@@ -27,8 +27,10 @@ from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
 from hf_geta.graph.build import build_qadg
-from hf_geta.graph.qadg import QADG
+from hf_geta.graph.qadg import QADG, Axis
 from hf_geta.graph.tracing import float_tensors
+from hf_geta.optim.budget import Budget
+from hf_geta.optim.cost_terms import bops_budget, size_budget
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable
@@ -125,7 +127,35 @@ def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps:
             "group_sparsity=0."
         )
     space = PruningSpace(axes, parameters)
-    return QASSO(base, preparation.config, total_steps, space, weights, activations)
+    budget = _budget(model, axes, weights, activations)
+    return QASSO(base, preparation.config, total_steps, space, weights, activations, budget)
+
+
+def _budget(
+    model: nn.Module, axes: Sequence[Axis], weights: Mapping[str, Quantizer], activations: Sequence[Quantizer]
+) -> Budget | None:
+    """The cost model of the config's budget over `axes`, with quantizers numbered as in QASSO; None without a budget."""
+    config, qadg = preparation_of(model).config, preparation_of(model).qadg
+    if not config.has_budget:
+        return None
+    quantizers = [*{id(q): q for q in weights.values()}.values(), *activations]
+    row_of = {id(quantizer): row for row, quantizer in enumerate(quantizers)}
+    weight_rows = {name: row_of[id(quantizer)] for name, quantizer in weights.items()}
+    if config.target_bops is not None:
+        shapes = {name: tuple(p.shape) for name, p in _prunable_parameters(model).items()}
+        input_rows = {
+            f"{name}.weight": row_of[id(layer.input_quantizer)]
+            for name, layer in quantized_layers(model).items()
+            if id(layer.input_quantizer) in row_of
+        }
+        return bops_budget(config.target_bops, qadg.operations, axes, shapes, weight_rows, input_rows)
+    tensors = {**_prunable_parameters(model, remove_duplicate=True), **saved_buffers(model)}
+    per_channel = {
+        f"{name}.weight": layer.channel_dim
+        for name, layer in quantized_layers(model).items()
+        if layer.weight_quantizer.log_channel_scale is not None
+    }
+    return size_budget(config.target_size_bytes or 0, tensors, axes, weight_rows, per_channel)
 
 
 @torch.no_grad()
@@ -234,6 +264,12 @@ def _prunable_parameters(model: nn.Module, remove_duplicate: bool = False) -> di
     owned = {id(p) for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
     named = model.named_parameters(remove_duplicate=remove_duplicate)
     return {name: p for name, p in named if id(p) not in owned}
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a weight file holds; quantizers have none."""
+    persistent = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
 def _round_widths_(model: nn.Module, config: GETAConfig) -> None:

@@ -89,7 +89,7 @@ class GETAConfig:
         default=10, metadata={"help": "Periods of the joint stage; each removes its part of the groups."}
     )
     saliency: str = dataclasses.field(
-        default="taylor", metadata={"help": "Score of a group: 'magnitude', 'taylor', 'fisher' or 'mix'."}
+        default="fisher", metadata={"help": "Score of a group: 'magnitude', 'taylor', 'fisher' or 'mix'."}
     )
     saliency_weights: list[float] | None = dataclasses.field(
         default=None,

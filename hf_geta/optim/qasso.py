@@ -20,7 +20,9 @@ from torch import Tensor
 
 from hf_geta.config import GETAConfig
 from hf_geta.optim import saliency
+from hf_geta.optim.budget import Budget
 from hf_geta.optim.joint import forget_rate, joint_step_size
+from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.redundant import RedundantEntries
 from hf_geta.optim.schedule import Schedule, Stage
 from hf_geta.optim.space import PruningSpace
@@ -40,6 +42,7 @@ class QASSO(torch.optim.Optimizer):
         space: the model's pruning groups.
         weight_quantizers: parameter name -> quantizer of that weight.
         input_quantizers: quantizers of activations.
+        budget: the cost to end at or below, if a price decides instead of `config.group_sparsity`.
 
     Raises:
         ValueError: when the stages do not fit `total_steps` or more groups are asked for than may go.
@@ -55,6 +58,7 @@ class QASSO(torch.optim.Optimizer):
         space: PruningSpace,
         weight_quantizers: Mapping[str, Quantizer],
         input_quantizers: Sequence[Quantizer] = (),
+        budget: Budget | None = None,
     ) -> None:
         self.config = config
         self.schedule = Schedule.from_config(config, total_steps)
@@ -67,7 +71,8 @@ class QASSO(torch.optim.Optimizer):
         self.quantizer_rows = [
             rows.get(id(weight_quantizers.get(name)), -1) for name in space.parameter_names
         ]  # one per parameter of the space
-        self.groups_to_remove = _groups_to_remove(config, space)
+        # K; with a budget, as many as the price has chosen so far
+        self.groups_to_remove = 0 if budget else _groups_to_remove(config, space)
         if isinstance(base, torch.optim.LBFGS):
             raise ValueError(
                 "LBFGS takes several steps in one and cannot be followed by a rule: use another optimizer."
@@ -84,6 +89,7 @@ class QASSO(torch.optim.Optimizer):
         self.removed = torch.zeros(space.num_groups, dtype=torch.bool, device=device)  # exactly zero by now
         self.redundant = torch.zeros_like(self.removed)  # being forgotten in the present period
         self.final_bits: Tensor | None = None
+        self.pricing = None if budget is None else self._make_pricing(budget)
         self._cache_index_sets()
 
     @torch.no_grad()
@@ -117,14 +123,33 @@ class QASSO(torch.optim.Optimizer):
             float(self.schedule.upper_bits_at(self.step_count, weight_bits[1])),
             float(self.schedule.upper_bits_at(self.step_count, input_bits[1])),
         )
-        return lower, upper
+        return lower, upper if self.pricing is None else upper.minimum(self.pricing.ceilings)
+
+    def _make_pricing(self, budget: Budget) -> Pricing:
+        config = self.config
+        allowed = [
+            config.allowed_bits("weight_bits" if is_weight else "activation_bits") for is_weight in self.is_weight
+        ]
+        share = 1.0 if config.group_sparsity is None else config.group_sparsity
+        return Pricing(
+            budget,
+            self.space,
+            self.widths,
+            [bits or () for bits in allowed],
+            self.schedule.pruning_periods,
+            config.min_groups,
+            config.group_divisible,
+            most_removed=round(share * self.space.num_groups),
+        )
 
     def _per_quantizer(self, weight: float, activation: float) -> Tensor:
         values = torch.full_like(self.widths.signed, activation)
         return values.masked_fill_(self.is_weight, weight)
 
     def _observe_saliency(self) -> None:
-        if self.config.saliency == "magnitude" or not self.groups_to_remove:
+        if self.pricing is not None:
+            self.pricing.observe()
+        elif self.config.saliency == "magnitude" or not self.groups_to_remove:
             return
         first_order = saliency.first_order(self.space)
         observed = first_order.abs() if self.config.saliency == "taylor" else first_order.square()
@@ -191,6 +216,13 @@ class QASSO(torch.optim.Optimizer):
         return gamma, step_size
 
     def _begin_period(self, index: int) -> None:
+        if self.pricing is not None:
+            self.redundant = _agreed(self.pricing.decide(index, self.scores, self.removed).to(self.removed.device))
+            self.pricing.ceilings = _agreed(self.pricing.ceilings)
+            self.groups_to_remove = int(self.redundant.sum() + self.removed.sum())
+            self.scores.zero_()
+            self._cache_index_sets()
+            return
         count = self.schedule.redundant_count(index, self.groups_to_remove)
         scores = saliency.magnitude(self.space) if self.config.saliency == "magnitude" else self.scores
         scores = saliency.normalize_by_kind(scores, self.space.axis_kinds, self.space.axis_sizes)
@@ -213,7 +245,11 @@ class QASSO(torch.optim.Optimizer):
         self._zero_removed()
 
     def _cooldown_step(self) -> None:
-        if self.final_bits is None:
+        if self.final_bits is None and self.pricing is not None:
+            self.pricing.observe()
+            self.pricing.settle(self.removed)
+            self.final_bits = _agreed(self.pricing.ceilings)
+        elif self.final_bits is None:
             lower, upper = self.width_bounds()
             self.final_bits = self.widths.bits().round().clamp(lower, upper)
         self.widths.fold_step_size_gradients_()
@@ -240,6 +276,8 @@ class QASSO(torch.optim.Optimizer):
         own = {"step": self.step_count, "scores": self.scores, "removed": self.removed, "redundant": self.redundant}
         if self.final_bits is not None:
             own["final_bits"] = self.final_bits
+        if self.pricing is not None:
+            own |= {"groups_to_remove": self.groups_to_remove, "pricing": self.pricing.state_dict()}
         return {**self.base.state_dict(), "qasso": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -264,6 +302,9 @@ class QASSO(torch.optim.Optimizer):
         self.removed = own["removed"].to(device, copy=True)
         self.redundant = own["redundant"].to(device, copy=True)
         self.final_bits = own["final_bits"].to(device, copy=True) if "final_bits" in own else None
+        if self.pricing is not None:
+            self.groups_to_remove = own["groups_to_remove"]
+            self.pricing.load_state_dict(own["pricing"])
         self._cache_index_sets()
 
     def train(self) -> None:
@@ -285,13 +326,13 @@ class QASSO(torch.optim.Optimizer):
         self.base.add_param_group(param_group)
 
 
-def _agreed(flags: Tensor) -> Tensor:
+def _agreed(values: Tensor) -> Tensor:
     """Rank 0's choice on every rank: sums on a device may differ in their last bit, and so may a ranking by them."""
     if not (dist.is_available() and dist.is_initialized()):
-        return flags
-    message = flags.to(torch.uint8)
+        return values
+    message = values.to(torch.uint8)  # flags, or whole widths
     dist.broadcast(message, src=0)
-    return message.bool()
+    return message.to(values.dtype)
 
 
 def _groups_to_remove(config: GETAConfig, space: PruningSpace) -> int:

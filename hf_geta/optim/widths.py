@@ -74,12 +74,16 @@ class WidthTable:
         """Set every ln d from `values`, (quantizers,)."""
         torch._foreach_copy_([p.detach() for p in self.log_step_sizes], list(values.unbind()))
 
+    def step_size_gradients(self) -> Tensor:
+        """The gradients of ln d, (quantizers,); 0 where there is none."""
+        return _gradients(self.log_step_sizes)
+
     def fold_step_size_gradients_(self) -> None:
         """With widths fixed, ln d = t ln q_m - const: hand d's gradient to q_m and t by the chain rule.
 
         d ln d / d ln q_m = t and d ln d / d ln t = t ln q_m.
         """
-        step_gradient = _gradients(self.log_step_sizes)
+        step_gradient = self.step_size_gradients()
         exponent, log_clip_max = self.exponent(), self.log_clip_max()
         _add_gradients_(self.log_clip_maxes, exponent * step_gradient)
         if self.log_exponents:

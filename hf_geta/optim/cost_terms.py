@@ -1,0 +1,90 @@
+"""What a model's bit operations and bytes are made of, as terms that pruning and widths multiply (see `budget`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from hf_geta.graph.qadg import Axis, Operation
+from hf_geta.optim.budget import Budget, CostTerm
+
+FLOAT_BITS = 32
+# What safetensors writes about a tensor beside its name: dtype, shape, offsets, and what rounding up to bytes adds.
+ENTRY_BYTES = 128
+HEADER_BYTES = 8
+
+Dims = tuple[tuple[tuple[int, float], ...], ...]
+
+
+def bops_budget(
+    target: float,
+    operations: Sequence[Operation],
+    axes: Sequence[Axis],
+    shapes: Mapping[str, Sequence[int]],
+    weight_rows: Mapping[str, int],
+    input_rows: Mapping[str, int],
+) -> Budget:
+    """Bit operations relative to the dense model: sum MACs b_w b_a over sum MACs 32^2 (GETA, Experiments).
+
+    Args:
+        target: C*, in (0, 1).
+        operations: of the dense model; those without a weight do not count.
+        axes: the prunable axes, in the order of the removed counts.
+        shapes: of every parameter by name, before pruning.
+        weight_rows, input_rows: weight name -> row of its quantizer, of its input's quantizer; none for float.
+    """
+    counted = [operation for operation in operations if operation.weight is not None]
+    dense = sum(operation.macs for operation in counted) * FLOAT_BITS**2
+    terms = []
+    for operation in counted:
+        name = str(operation.weight)
+        rows = [rows[name] for rows in (weight_rows, input_rows) if name in rows]
+        coefficient = operation.macs * FLOAT_BITS ** (2 - len(rows)) / dense
+        terms.append(CostTerm(coefficient, _dims(name, shapes[name], axes), tuple(rows)))
+    return Budget(tuple(terms), 0.0, target)
+
+
+def size_budget(
+    target_bytes: float,
+    tensors: Mapping[str, Tensor],
+    axes: Sequence[Axis],
+    weight_rows: Mapping[str, int],
+    channel_dims: Mapping[str, int],
+) -> Budget:
+    """Bytes of the weight file: packed codes, float tensors in their own dtype, and at most what the header takes.
+
+    Args:
+        target_bytes: C*.
+        tensors: everything that is saved, by name, each tied tensor once, before pruning.
+        axes: the prunable axes, in the order of the removed counts.
+        weight_rows: weight name -> row of its quantizer; the others stay in float.
+        channel_dims: weight name -> dimension that has one float32 step size per entry; none with one per tensor.
+    """
+    terms, overhead = [], float(HEADER_BYTES)
+    for name, tensor in tensors.items():
+        dims = _dims(name, tensor.shape, axes)
+        overhead += ENTRY_BYTES + len(name)
+        if name in weight_rows:
+            terms.append(CostTerm(tensor.numel() / 8, dims, (weight_rows[name],)))
+        else:
+            terms.append(CostTerm(float(tensor.numel() * tensor.element_size()), dims, ()))
+        if name in channel_dims:
+            dim = channel_dims[name]
+            overhead += ENTRY_BYTES + len(name)
+            terms.append(CostTerm(4.0 * tensor.shape[dim], (_owners(name, dim, tensor.shape[dim], axes),), ()))
+    return Budget(tuple(terms), overhead, target_bytes)
+
+
+def _dims(name: str, shape: Sequence[int], axes: Sequence[Axis]) -> Dims:
+    owners = (_owners(name, dim, size, axes) for dim, size in enumerate(shape))
+    return tuple(dim for dim in owners if dim)
+
+
+def _owners(name: str, dim: int, size: int, axes: Sequence[Axis]) -> tuple[tuple[int, float], ...]:
+    """(axis, share of the dimension that one of its groups owns) for all axes with members there."""
+    return tuple(
+        (number, sum(m.indices.shape[1] for m in axis.members if (m.tensor, m.dim) == (name, dim)) / size)
+        for number, axis in enumerate(axes)
+        if any((m.tensor, m.dim) == (name, dim) for m in axis.members)
+    )

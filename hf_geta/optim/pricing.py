@@ -1,0 +1,153 @@
+"""Budget mode while a run goes on: what is observed between decisions, and the widths and groups that follow from it.
+
+The loss that a move costs is estimated by the Gauss-Newton term that both kinds share: where a change delta of the
+network's tensors has the first-order effect <g, delta> on a batch's loss, it raises the loss by about half of that
+effect's mean square (the empirical Fisher information along delta, up to the batch size, which all moves share).
+
+    a group        delta = -x            <g, x>; a group is met where it is made and where it is used, hence half of it
+    a width        delta = Q(x) - x      d <g, r>, which is the gradient of ln d: it costs nothing to observe
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_geta.optim.budget import Allocation, Budget, Choices, allocate
+from hf_geta.optim.saliency import removable_groups
+from hf_geta.optim.space import PruningSpace
+from hf_geta.optim.widths import WidthTable, log_levels
+
+# A group's entries are those that produce it and those that use it: <x, g> over all of them counts it twice.
+GROUP_FACTOR = 0.25
+
+
+class Pricing:
+    """The price of a run with a budget, its ceilings of widths, and what they are decided from.
+
+    Args:
+        budget: the cost model and C*.
+        space: the pruning groups.
+        widths: all quantizers.
+        allowed_bits: per quantizer the widths that it may end with, ascending.
+        periods: decisions that remove groups; the cost falls from one to the next by the same factor.
+        min_groups, group_divisible, most_removed: limits on groups.
+
+    Attributes:
+        noise: (quantizers,) squared gradients of ln d times levels^2, summed since the last decision.
+        ceilings: (quantizers,) the widths that the last decision left, in bits; upper bounds while the run goes on.
+        price: of the last move of the last decision: loss per cost, both as `allocate` counts them.
+        cost: C that the last decision leads to.
+
+    Raises:
+        ValueError: when no choice of groups and widths reaches the budget.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        space: PruningSpace,
+        widths: WidthTable,
+        allowed_bits: Sequence[Sequence[int]],
+        periods: int,
+        min_groups: int,
+        group_divisible: int,
+        most_removed: int,
+    ) -> None:
+        self.budget, self.space, self.widths, self.periods = budget, space, widths, periods
+        self.allowed_bits, self.most_removed = allowed_bits, most_removed
+        self.min_groups, self.group_divisible = min_groups, group_divisible
+        self.signed = [quantizer.signed for quantizer in widths.quantizers]
+        self.noise = torch.zeros_like(widths.signed)
+        self.ceilings = torch.tensor([bits[-1] for bits in allowed_bits], dtype=torch.float32).to(self.noise.device)
+        self.price, self.start = 0.0, self._cost_before()
+        self.cost = self.start
+        self._check_reachable()
+
+    def observe(self) -> None:
+        """Add the present gradients of ln d to `noise`; no host sync."""
+        if not self.widths.quantizers:
+            return
+        power = torch.exp(2 * log_levels(self.widths.bits(), self.widths.signed))
+        self.noise += (self.widths.step_size_gradients().square() * power).nan_to_num(0.0, 0.0, 0.0)
+
+    def decide(self, period: int, scores: Tensor, removed: Tensor) -> Tensor:
+        """Flags of the groups to remove in `period`, (num_groups,) bool on the CPU; sets ceilings, price and cost.
+
+        Args:
+            scores: (num_groups,) <x, g>^2, summed over the steps that `noise` is summed over.
+            removed: (num_groups,) bool, the groups that are gone already.
+        """
+        share = (period + 1) / self.periods
+        target = self.start * (self.budget.target / self.start) ** share if self.start > self.budget.target else None
+        return self._allocate(target, scores, removed, self.most_removed)
+
+    def settle(self, removed: Tensor) -> None:
+        """The widths of the whole budget, once no more groups go."""
+        self._allocate(None, torch.zeros(len(removed)), removed, int(removed.sum()))
+
+    def _allocate(self, target: float | None, scores: Tensor, removed: Tensor, most_removed: int) -> Tensor:
+        scores, removed = GROUP_FACTOR * scores.double().cpu(), removed.cpu()
+        budget = self.budget if target is None else Budget(self.budget.terms, self.budget.constant, target)
+        found = self._solve(budget, scores.tolist(), self.noise.double().tolist(), removed, most_removed)
+        self.ceilings = torch.tensor(found.bits, dtype=torch.float32).to(self.ceilings.device)
+        self.price, self.cost = found.price, found.cost
+        self.noise.zero_()
+        chosen = torch.zeros_like(removed)
+        chosen[list(found.groups)] = True
+        return chosen
+
+    def _solve(
+        self, budget: Budget, rises: Sequence[float], noise: Sequence[float], removed: Tensor, most_removed: int
+    ) -> Allocation:
+        choices = Choices(
+            blocks=self._open_blocks(torch.tensor(rises, dtype=torch.float64), removed),
+            removed=[int(gone.sum()) for gone in removed.split(self.space.axis_sizes)],
+            widths=self.allowed_bits,
+            most_removed=most_removed,
+        )
+        return allocate(budget, choices, rises, noise, self.signed)
+
+    def _open_blocks(self, scores: Tensor, removed: Tensor) -> list[list[list[int]]]:
+        """Per axis, the groups that may still go, the least salient first, in the blocks in which they may."""
+        axes, offset = [], 0
+        for size in self.space.axis_sizes:
+            alive = (~removed[offset : offset + size]).nonzero().squeeze(1) + offset
+            order = alive[torch.argsort(scores[alive], stable=True)].tolist()
+            sizes = removable_groups(len(order), self.min_groups, self.group_divisible)
+            blocks, start = [], 0
+            for length in sizes:
+                blocks.append(order[start : start + length])
+                start += length
+            axes.append(blocks)
+            offset += size
+        return axes
+
+    def _cost_before(self) -> float:
+        return self.budget.cost([0] * len(self.space.axis_sizes), [bits[-1] for bits in self.allowed_bits])
+
+    def _check_reachable(self) -> None:
+        ones = [1.0] * self.space.num_groups
+        none_removed = torch.zeros(self.space.num_groups, dtype=torch.bool)
+        least = Budget(self.budget.terms, self.budget.constant, 0.0)
+        found = self._solve(least, ones, [1.0] * len(self.signed), none_removed, self.most_removed)
+        if found.cost > self.budget.target:
+            raise ValueError(
+                f"the budget of {self.budget.target:g} cannot be met: with every width at its lower bound and as many "
+                f"groups removed as group_sparsity, min_groups and group_divisible allow, {found.cost:.4g} is left. "
+                "Raise the budget, lower weight_bits or activation_bits, or let more groups go."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"noise": self.noise, "ceilings": self.ceilings, "price": self.price, "cost": self.cost}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        device = self.noise.device
+        self.noise = state["noise"].to(device, copy=True)
+        self.ceilings = state["ceilings"].to(device, copy=True)
+        self.price, self.cost = float(state["price"]), float(state["cost"])

@@ -55,6 +55,8 @@ def prepare_model(
 ) -> PreTrainedModel:
     """Make `model` trainable by QASSO, in place: quantized layers, calibrated ranges, pruning groups.
 
+    With `config.weight_bits=None` the layers stay in float and only the groups are found.
+
     Args:
         model: a float model; its parameters stay the same objects, so optimizers and ties survive.
         config: the targets.
@@ -80,19 +82,20 @@ def prepare_model(
     qadg = build_qadg(model, inputs, verify=True, optional=config.optional_axes)
     if config.prunes and not qadg.axes:
         raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
-    with contextlib.ExitStack() as undo:
-        undo.callback(restore_modules_, model)  # refused: the model as it came, for other data may do
-        quantize_modules_(model, config)
-        _calibrate(model, config, batches)
-        undo.pop_all()
+    if config.weight_bits is not None:
+        with contextlib.ExitStack() as undo:
+            undo.callback(restore_modules_, model)  # refused: the model as it came, for other data may do
+            quantize_modules_(model, config)
+            _calibrate(model, config, batches)
+            undo.pop_all()
     model.geta = Preparation(config, qadg)  # type: ignore[assignment]
     return model
 
 
 def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inputs]) -> None:
-    clip_bits = (config.activation_bits or config.weight_bits)[1]  # clips that suit the width to come
+    bits = config.activation_bits or config.weight_bits or [config.initial_bits]
     try:
-        calibrate_(model, batches, config.initial_bits, clip_bits)
+        calibrate_(model, batches, config.initial_bits, clip_bits=bits[-1])  # clips that suit the width to come
     except (LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(model).__name__} does not take a calibration batch: {error!r}.") from error
 
@@ -132,6 +135,8 @@ def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps:
 def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
     """The small model: removed groups cut out, weights as packed integer codes; `model` is left alone.
 
+    A run with `weight_bits=None` ends in an ordinary float model of fewer groups.
+
     A group counts as removed when all its members are exactly zero. Widths that are not whole yet (a run that
     stopped before its cool-down) are rounded inside their bounds.
 
@@ -144,8 +149,10 @@ def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     preparation = preparation_of(model)
     small: Any = preparation.qadg.prune(model, preparation.qadg.zero_groups(model))
-    _round_widths_(small, preparation.config)
     del small.geta
+    if preparation.config.weight_bits is None:
+        return small
+    _round_widths_(small, preparation.config)
     return pack_model_(small)
 
 

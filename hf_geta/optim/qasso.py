@@ -3,7 +3,7 @@
 The base optimizer computes its own step, with its schedule, clipping and decay; QASSO adds one rule per stage:
 
     warm-up      nothing: the base optimizer, bit for bit
-    projection   d moves so that every width lies in [b_l, b_u]; b_u falls to its target
+    projection   d moves so that every width lies in [b_l, b_u]; b_u falls to its target (nothing without quantizers)
     joint        per period, the least salient groups become redundant: their entries are forgotten,
                  x <- x - gamma Q(x), and are exactly zero from the period's end on
     cool-down    widths rounded once and fixed; everything else trains on
@@ -61,7 +61,7 @@ class QASSO(torch.optim.Optimizer):
         self.space = space
         weights = list({id(q): q for q in weight_quantizers.values()}.values())
         quantizers = [*weights, *input_quantizers]
-        self.widths = WidthTable(quantizers)
+        self.widths = WidthTable(quantizers, next((p.device for p in space.parameters), None))
         self.is_weight = torch.tensor([True] * len(weights) + [False] * len(input_quantizers))
         rows = {id(q): row for row, q in enumerate(quantizers)}
         self.quantizer_rows = [
@@ -111,6 +111,8 @@ class QASSO(torch.optim.Optimizer):
         """(lower, upper) in force after the present step, in bits, (quantizers,) each."""
         if self.final_bits is not None:
             return self.final_bits, self.final_bits
+        if self.config.weight_bits is None:
+            return self.widths.signed, self.widths.signed  # empty
         weight_bits, input_bits = self.config.weight_bits, self.config.activation_bits or self.config.weight_bits
         lower = self._per_quantizer(float(weight_bits[0]), float(input_bits[0]))
         upper = self._per_quantizer(
@@ -296,7 +298,7 @@ def _agreed(flags: Tensor) -> Tensor:
 
 def _groups_to_remove(config: GETAConfig, space: PruningSpace) -> int:
     """K = round(group_sparsity x groups)."""
-    count = round(config.group_sparsity * space.num_groups)
+    count = round((config.group_sparsity or 0.0) * space.num_groups)
     blocks = [saliency.removable_groups(size, config.min_groups, config.group_divisible) for size in space.axis_sizes]
     most = sum(map(sum, blocks))
     if count > most:
@@ -314,4 +316,5 @@ def _separate_quantizer_parameters_(base: torch.optim.Optimizer, quantizers: Seq
     owned = {id(p) for p in parameters}
     for group in base.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in owned]
-    base.add_param_group({"params": parameters, "lr": lr, "weight_decay": 0.0})
+    if parameters:
+        base.add_param_group({"params": parameters, "lr": lr, "weight_decay": 0.0})

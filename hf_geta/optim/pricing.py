@@ -69,8 +69,6 @@ class Pricing:
 
     def observe(self) -> None:
         """Add the present gradients of ln d to `noise`; no host sync."""
-        if not self.widths.quantizers:
-            return
         power = torch.exp(2 * log_levels(self.widths.bits(), self.widths.signed))
         self.noise += (self.widths.step_size_gradients().square() * power).nan_to_num(0.0, 0.0, 0.0)
 

@@ -3,10 +3,10 @@
 The base optimizer computes its own step, with its schedule, clipping and decay; QASSO adds one rule per stage:
 
     warm-up      nothing: the base optimizer, bit for bit
-    projection   d moves so that every width lies in [b_l, b_u]; b_u falls to its target
+    projection   d moves so that every width lies in [b_l, b_u]; b_u falls to its target (nothing without quantizers)
     joint        per period, the least salient groups become redundant: their entries are forgotten,
                  x <- x - gamma Q(x), and are exactly zero from the period's end on
-    cool-down    widths rounded once and fixed; everything else trains on
+    cool-down    widths moved once to the nearest allowed ones and fixed; everything else trains on
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.redundant import RedundantEntries
 from hf_geta.optim.schedule import Schedule, Stage
 from hf_geta.optim.space import PruningSpace
-from hf_geta.optim.widths import WidthTable
+from hf_geta.optim.widths import WidthTable, nearest_allowed
 from hf_geta.quantization.quantizers import Quantizer
 
 
@@ -65,7 +65,7 @@ class QASSO(torch.optim.Optimizer):
         self.space = space
         weights = list({id(q): q for q in weight_quantizers.values()}.values())
         quantizers = [*weights, *input_quantizers]
-        self.widths = WidthTable(quantizers)
+        self.widths = WidthTable(quantizers, next((p.device for p in space.parameters), None))
         self.is_weight = torch.tensor([True] * len(weights) + [False] * len(input_quantizers))
         rows = {id(q): row for row, q in enumerate(quantizers)}
         self.quantizer_rows = [
@@ -117,11 +117,13 @@ class QASSO(torch.optim.Optimizer):
         """(lower, upper) in force after the present step, in bits, (quantizers,) each."""
         if self.final_bits is not None:
             return self.final_bits, self.final_bits
+        if self.config.weight_bits is None:
+            return self.widths.signed, self.widths.signed  # empty
         weight_bits, input_bits = self.config.weight_bits, self.config.activation_bits or self.config.weight_bits
         lower = self._per_quantizer(float(weight_bits[0]), float(input_bits[0]))
         upper = self._per_quantizer(
-            float(self.schedule.upper_bits_at(self.step_count, weight_bits[1])),
-            float(self.schedule.upper_bits_at(self.step_count, input_bits[1])),
+            float(self.schedule.upper_bits_at(self.step_count, weight_bits[-1])),
+            float(self.schedule.upper_bits_at(self.step_count, input_bits[-1])),
         )
         return lower, upper if self.pricing is None else upper.minimum(self.pricing.ceilings)
 
@@ -250,12 +252,18 @@ class QASSO(torch.optim.Optimizer):
             self.pricing.settle(self.removed)
             self.final_bits = _agreed(self.pricing.ceilings)
         elif self.final_bits is None:
-            lower, upper = self.width_bounds()
-            self.final_bits = self.widths.bits().round().clamp(lower, upper)
+            self.final_bits = self._nearest_allowed()
         self.widths.fold_step_size_gradients_()
         self.base.step()
         self.widths.project_(self.final_bits, self.final_bits)
         self._zero_removed()
+
+    def _nearest_allowed(self) -> Tensor:
+        """The allowed width nearest to each quantizer's own, (quantizers,)."""
+        bits, allowed = self.widths.bits(), self.config.allowed_bits
+        weights = nearest_allowed(bits, allowed("weight_bits"))
+        inputs = nearest_allowed(bits, allowed("activation_bits") or allowed("weight_bits"))
+        return weights.where(self.is_weight, inputs)
 
     def _zero_removed(self) -> None:
         for parameter, dim, positions in self._removed_positions:
@@ -337,7 +345,7 @@ def _agreed(values: Tensor) -> Tensor:
 
 def _groups_to_remove(config: GETAConfig, space: PruningSpace) -> int:
     """K = round(group_sparsity x groups)."""
-    count = round(config.group_sparsity * space.num_groups)
+    count = round((config.group_sparsity or 0.0) * space.num_groups)
     blocks = [saliency.removable_groups(size, config.min_groups, config.group_divisible) for size in space.axis_sizes]
     most = sum(map(sum, blocks))
     if count > most:
@@ -355,4 +363,5 @@ def _separate_quantizer_parameters_(base: torch.optim.Optimizer, quantizers: Seq
     owned = {id(p) for p in parameters}
     for group in base.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in owned]
-    base.add_param_group({"params": parameters, "lr": lr, "weight_decay": 0.0})
+    if parameters:
+        base.add_param_group({"params": parameters, "lr": lr, "weight_decay": 0.0})

@@ -26,8 +26,8 @@ def first_order(space: PruningSpace) -> Tensor:
 def normalize_by_kind(scores: Tensor, kinds: Sequence[str], sizes: Sequence[int]) -> Tensor:
     """Divide every score by the mean score of its kind, so that heads, hidden units and channels rank together."""
     kind_of_axis = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
-    owner = torch.tensor([kind_of_axis[kind] for kind in kinds], device=scores.device)
-    owner = owner.repeat_interleave(torch.tensor(list(sizes), device=scores.device))
+    owner = torch.tensor([kind_of_axis[kind] for kind in kinds], dtype=torch.int64, device=scores.device)
+    owner = owner.repeat_interleave(torch.tensor(list(sizes), dtype=torch.int64, device=scores.device))
     total = scores.new_zeros(len(kind_of_axis)).index_add_(0, owner, scores)
     mean = total / torch.bincount(owner, minlength=len(kind_of_axis))
     return scores / mean.clamp_min(torch.finfo(scores.dtype).tiny)[owner]

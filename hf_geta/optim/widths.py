@@ -15,30 +15,45 @@ def log_levels(bits: Tensor, signed: Tensor) -> Tensor:
     return torch.log(torch.exp2(bits - signed) - 1)
 
 
+def nearest_allowed(bits: Tensor, allowed: Sequence[int] | None) -> Tensor:
+    """The nearest of the widths in `allowed`, ascending, for each of `bits`, in its shape; a tie goes to the wider.
+
+    None allows every width: `bits` itself.
+    """
+    if allowed is None:
+        return bits
+    widths = torch.tensor(allowed, dtype=bits.dtype, device=bits.device)
+    return widths[torch.bucketize(bits, (widths[1:] + widths[:-1]) / 2, right=True)]
+
+
 class WidthTable:
     """The quantizers' (d, q_m, t), stacked in log space: ln d = t ln q_m - ln(levels).
 
     Args:
-        quantizers: all quantizers that train.
+        quantizers: all quantizers that train; there may be none, then every vector is empty.
+        device: of the empty vectors.
     """
 
-    def __init__(self, quantizers: Sequence[Quantizer]) -> None:
+    def __init__(self, quantizers: Sequence[Quantizer], device: torch.device | None = None) -> None:
         self.quantizers = list(quantizers)
         self.log_step_sizes = [q.log_step_size for q in self.quantizers]
         self.log_clip_maxes = [q.log_clip_max for q in self.quantizers]
         exponents = [(i, q.log_exponent) for i, q in enumerate(self.quantizers) if q.log_exponent is not None]
         self.log_exponents = [exponent for _, exponent in exponents]
-        device = self.log_step_sizes[0].device
+        device = self.log_step_sizes[0].device if self.quantizers else device
         self.exponent_rows = torch.tensor([row for row, _ in exponents], dtype=torch.int64, device=device)
         self.signed = torch.tensor([float(q.signed) for q in self.quantizers], device=device)
 
     def log_step_size(self) -> Tensor:
         """ln d, (quantizers,)."""
-        return torch.stack([p.detach() for p in self.log_step_sizes])
+        return self._stack([p.detach() for p in self.log_step_sizes])
 
     def log_clip_max(self) -> Tensor:
         """ln q_m, (quantizers,)."""
-        return torch.stack([p.detach() for p in self.log_clip_maxes])
+        return self._stack([p.detach() for p in self.log_clip_maxes])
+
+    def _stack(self, values: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(values)) if values else torch.zeros_like(self.signed)
 
     def exponent(self) -> Tensor:
         """t, (quantizers,); 1 where it does not train."""
@@ -72,11 +87,12 @@ class WidthTable:
 
     def write_log_step_size_(self, values: Tensor) -> None:
         """Set every ln d from `values`, (quantizers,)."""
-        torch._foreach_copy_([p.detach() for p in self.log_step_sizes], list(values.unbind()))
+        if self.quantizers:
+            torch._foreach_copy_([p.detach() for p in self.log_step_sizes], list(values.unbind()))
 
     def step_size_gradients(self) -> Tensor:
         """The gradients of ln d, (quantizers,); 0 where there is none."""
-        return _gradients(self.log_step_sizes)
+        return self._stack(_gradients(self.log_step_sizes))
 
     def fold_step_size_gradients_(self) -> None:
         """With widths fixed, ln d = t ln q_m - const: hand d's gradient to q_m and t by the chain rule.
@@ -90,8 +106,8 @@ class WidthTable:
             _add_gradients_(self.log_exponents, (exponent * log_clip_max * step_gradient)[self.exponent_rows])
 
 
-def _gradients(parameters: Sequence[Tensor]) -> Tensor:
-    return torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
 def _add_gradients_(parameters: Sequence[Tensor], values: Tensor) -> None:

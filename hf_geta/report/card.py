@@ -84,13 +84,14 @@ def render_card(report: Mapping[str, Any]) -> str:
     metadata["tags"] = ["geta", *_tags(compressed)]
     if measured := [key for key in ("accuracy", "f1", "perplexity") if key in compressed]:
         metadata["metrics"] = measured
+    what = " and ".join(_tags(compressed)) or "compressed"
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# {report['architecture']}, compressed by GETA",
-        "Pruned and quantized in one training run with `hf_geta` (method: Qu et al., *Automatic Joint Structured "
+        f"{what.capitalize()} in one training run with `hf_geta` (method: Qu et al., *Automatic Joint Structured "
         "Pruning and Quantization for Efficient Neural Network Training and Compression*, CVPR 2025, "
         "[arXiv 2502.16638](https://arxiv.org/abs/2502.16638)).",
-        f"## Use\n\n```python\nimport hf_geta  # registers the packed format with transformers\n"
+        f"## Use\n\n```python\nimport hf_geta  # registers the compressed format with transformers\n"
         f"from transformers import {auto_class}\n\n"
         f'model = {auto_class}.from_pretrained("path/to/this/folder")\n```',
     ]

@@ -5,11 +5,12 @@ import io
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.optimization import Adafactor
 
 from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model
-from hf_geta.compress import output_difference
+from hf_geta.compress import measure_compression, output_difference
 from hf_geta.optim.schedule import Stage
 
 TOTAL_STEPS = 60
@@ -92,6 +93,46 @@ def test_every_width_stays_inside_its_bounds_and_exactly_the_asked_groups_go(nam
     assert output_difference(model, small, {"pixel_values": batch(99)["pixel_values"]}) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("weights", "inputs", "discrete"),
+    [([2, 4, 8], [4, 8, 16], False), ([3, 6], [4, 8], True), ([2, 3, 7], [8, 8], False)],
+)
+def test_a_set_of_widths_is_a_hull_while_it_trains_and_the_only_widths_at_the_end(weights, inputs, discrete):
+    changes = {"weight_bits": weights, "activation_bits": inputs, "discrete_bits": discrete}
+    config = GETAConfig.from_dict(CONFIG.to_dict() | changes)
+    model = prepared(config)
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    kinds = ((optimizer.is_weight, "weight_bits"), (~optimizer.is_weight, "activation_bits"))
+    relaxed = False
+    for step in train(model, optimizer, range(TOTAL_STEPS)):
+        stage, bits = optimizer.schedule.stage_at(step), optimizer.widths.bits()
+        for kind, name in kinds if stage is not Stage.WARMUP else ():
+            allowed = torch.tensor(config.allowed_bits(name))
+            upper = optimizer.schedule.upper_bits_at(step, int(allowed[-1]))
+            assert bits[kind].min() >= allowed[0] - BITS_TOLERANCE
+            assert bits[kind].max() <= upper + BITS_TOLERANCE
+            distance = (bits[kind, None] - allowed).abs().amin(1).max()
+            relaxed |= stage is Stage.JOINT and bool(distance > 0.01)
+            assert stage is not Stage.COOLDOWN or distance < BITS_TOLERANCE
+    assert relaxed
+    small = finalize_model(model)
+    layers = small.config.quantization_config["layers"].values()
+    assert {layer["bits"] for layer in layers} <= set(config.allowed_bits("weight_bits"))
+    assert {layer["activation_bits"] for layer in layers} <= set(config.allowed_bits("activation_bits"))
+
+
+def test_a_run_stopped_early_ends_with_the_widths_that_its_report_says():
+    model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | {"weight_bits": [2, 4, 8], "activation_bits": [4, 8, 16]}))
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(30)))
+    said = measure_compression(model, finalized=True)
+    layers = finalize_model(model).config.quantization_config["layers"]
+    for operation in said.operations:
+        if operation.weight is not None and (layer := layers.get(operation.weight.removesuffix(".weight"))):
+            assert (layer["bits"], layer["activation_bits"]) == (operation.weight_bits, operation.activation_bits)
+            assert layer["bits"] in (2, 4, 8)
+
+
 def test_warmup_is_the_base_optimizer_bit_for_bit():
     ours, plain = prepared(), prepared()
     optimizer = create_optimizer(ours, OPTIMIZERS["adamw"](ours.parameters()), TOTAL_STEPS)
@@ -166,13 +207,90 @@ def test_quantizers_have_their_own_rate_and_no_decay():
     assert not any("quantizer" in names[id(p)] for other in others for p in other["params"])
 
 
-def test_pruning_only_and_quantization_only_are_configurations():
-    for changes in ({"group_sparsity": 0.0}, {"weight_bits": [16, 16], "activation_bits": None}):
-        model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | changes))
-        optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
-        list(train(model, optimizer, range(TOTAL_STEPS)))
-        assert optimizer.removed.sum() == optimizer.groups_to_remove
-        finalize_model(model)
+def test_a_run_without_pruning_keeps_every_group():
+    model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | {"group_sparsity": 0.0}))
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(TOTAL_STEPS)))
+    assert optimizer.removed.sum() == optimizer.groups_to_remove == 0
+    assert measure_compression(model).group_sparsity == 0
+    finalize_model(model)
+
+
+PRUNING_ONLY = GETAConfig.from_dict(CONFIG.to_dict() | {"weight_bits": None, "activation_bits": None})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_that_only_prunes_ends_in_a_smaller_float_model(name, tmp_path):
+    model = prepared(PRUNING_ONLY)
+    assert [type(module) for module in model.modules()] == [type(module) for module in tiny_vit().modules()]
+    optimizer = create_optimizer(model, OPTIMIZERS[name](model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(TOTAL_STEPS)))
+    total = sum(axis.size for axis in model.geta.qadg.axes)
+    removed = model.geta.qadg.zero_groups(model)
+    assert sum(map(len, removed.values())) == round(CONFIG.group_sparsity * total) == optimizer.removed.sum()
+    cost = measure_compression(model, finalized=True)
+    assert (cost.mean_weight_bits, cost.mean_activation_bits) == (32, 32)
+    assert cost.tensor_bytes == 4 * cost.parameters
+    small, inputs = finalize_model(model), {"pixel_values": batch(99)["pixel_values"]}
+    assert sum(p.numel() for p in small.parameters()) == cost.parameters < cost.dense_parameters
+    assert output_difference(model, small, inputs) < 1e-5  # the same sums, in another order
+    small.save_pretrained(tmp_path)
+    loaded = ViTForImageClassification.from_pretrained(tmp_path)
+    assert output_difference(small, loaded, inputs) == 0
+
+
+def test_a_run_that_only_prunes_is_the_base_optimizer_until_its_joint_stage():
+    ours, plain = prepared(PRUNING_ONLY), tiny_vit().train()
+    optimizer, base = (OPTIMIZERS["adamw"](model.parameters()) for model in (ours, plain))
+    optimizer = create_optimizer(ours, optimizer, TOTAL_STEPS)
+    steps = range(optimizer.schedule.warmup_steps + optimizer.schedule.projection_steps)
+    for _ in zip(train(ours, optimizer, steps), train(plain, base, steps), strict=True):
+        for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+            assert torch.equal(p, q), name
+
+
+def test_a_run_stopped_before_it_pruned_anything_ends_in_the_same_float_model(tmp_path):
+    model = prepared(PRUNING_ONLY)
+    finalize_model(model).save_pretrained(tmp_path)
+    loaded = ViTForImageClassification.from_pretrained(tmp_path)
+    assert output_difference(model, loaded, {"pixel_values": batch(99)["pixel_values"]}) == 0
+
+
+class OneLayer(PreTrainedModel):
+    """Its only layer ties the inputs to the outputs: nothing can be pruned."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = torch.nn.Linear(3 * 8 * 8, 3)
+        self.post_init()
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.layer(pixel_values.flatten(1))
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("saliency", ["taylor", "magnitude"])
+def test_a_model_without_prunable_axes_is_quantized_all_the_same(saliency, tmp_path):
+    changes = {"group_sparsity": 0, "saliency": saliency, "modules_to_not_convert": []}
+    config = GETAConfig.from_dict(CONFIG.to_dict() | changes)
+    inputs = {"pixel_values": batch(0)["pixel_values"]}
+    model = prepare_model(OneLayer(PretrainedConfig()), config, inputs)
+    assert model.geta.qadg.axes == ()
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(TOTAL_STEPS)))
+    assert config.weight_bits[0] <= measure_compression(model).mean_weight_bits <= config.weight_bits[1]
+    small = finalize_model(model)
+    assert output_difference(model, small, inputs) < 1e-6
+    small.save_pretrained(tmp_path)
+    assert output_difference(small, OneLayer.from_pretrained(tmp_path), inputs) == 0
+
+
+def test_a_model_without_prunable_axes_is_not_pruned_without_a_word():
+    with pytest.raises(ValueError, match="no prunable axis found in OneLayer"):
+        prepare_model(OneLayer(PretrainedConfig()), PRUNING_ONLY, {"pixel_values": batch(0)["pixel_values"]})
 
 
 def test_a_state_of_another_model_is_refused():

@@ -55,7 +55,9 @@ def test_a_local_path_never_enters_the_card(path, tmp_path, monkeypatch):
 )
 def test_tags_say_only_what_was_done(sparsity, bits, tags):
     compressed = {"group_sparsity": sparsity, "mean_weight_bits": bits}
-    assert ModelCard(render_card(REPORT | {"compressed": compressed})).data.tags == tags
+    card = ModelCard(render_card(REPORT | {"compressed": compressed}))
+    assert card.data.tags == tags
+    assert f"{tags[1].capitalize()} in one training run" in card.text
 
 
 def test_an_architecture_alone_makes_a_card():

@@ -44,6 +44,18 @@ def test_flags_override_the_file(config):
     assert (geta.group_sparsity, tuple(geta.weight_bits)) == (0.3, (4, 6))
 
 
+def test_widths_may_be_none_in_the_file_and_as_a_flag(config):
+    *_, geta = parse_run(TYPES, ["--config", config, "--weight_bits", "none"])
+    assert geta.weight_bits is None
+    Path(config).write_text(FILE.replace("[4, 8]", "null"))
+    *_, geta = parse_run(TYPES, ["--config", config])
+    assert geta.weight_bits is None
+    *_, geta = parse_run(TYPES, ["--config", config, "--weight_bits", "2", "4", "8"])
+    assert geta.weight_bits == (2, 4, 8)
+    with pytest.raises(ValueError, match="two whole numbers"):
+        parse_run(TYPES, ["--config", config, "--weight_bits", "4", "none"])
+
+
 def test_two_fields_of_one_name_stay_two(config):
     _, _, training, geta = parse_run(TYPES, ["--config", config])
     assert (training.warmup_steps, geta.warmup_steps) == (7, 0.2)

@@ -27,6 +27,7 @@ from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
 from hf_geta.graph.build import build_qadg
+from hf_geta.graph.layerwise import layerwise
 from hf_geta.graph.qadg import QADG, Axis
 from hf_geta.graph.tracing import float_tensors
 from hf_geta.optim.budget import Budget
@@ -82,6 +83,8 @@ def prepare_model(
             raise ValueError(f"{name} holds NaN: check the data and its preprocessing.")
     # tried on the weights, so that a wrong graph never costs a training run
     qadg = build_qadg(model, inputs, verify=True, optional=config.optional_axes)
+    if "qadg" in config.without:
+        qadg = layerwise(qadg, model)
     if config.prunes and not qadg.axes:
         raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
     if config.weight_bits is not None:

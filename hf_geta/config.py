@@ -181,6 +181,15 @@ class GETAConfig:
             _check_choice("optional_axes", kind, OPTIONAL_AXES)
         for part in self.without:
             _check_choice("without", part, PARTS)
+        if "projection" in self.without and self.has_budget:
+            raise ValueError(
+                "without='projection' leaves widths free, and no budget holds: write group_sparsity instead."
+            )
+        if self.has_budget and self.saliency != "fisher":
+            raise ValueError(
+                f"saliency={self.saliency!r} with a budget: groups and widths compete at one price, and only 'fisher' "
+                "measures both in one unit; write saliency='fisher'."
+            )
         for name in ("bit_reduction", "pruning_periods", "min_groups", "group_divisible", "calibration_batches"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"{name}={value}: write a whole number, 1 or more.")
@@ -215,6 +224,8 @@ class GETAConfig:
     def allowed_bits(self, name: str) -> tuple[int, ...] | None:
         """The widths that "weight_bits" or "activation_bits" allow at the end, ascending; None for float."""
         bits = getattr(self, name)
+        if bits is not None and "projection" in self.without:
+            return tuple(range(MIN_BITS, MAX_BITS + 1))  # whatever can be packed
         if bits is None or len(bits) > 2 or self.discrete_bits:
             return bits
         return tuple(range(bits[0], bits[1] + 1))

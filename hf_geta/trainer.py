@@ -149,7 +149,10 @@ class GETATrainer(Trainer):
     # -- while it trains ------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add stage, group sparsity, mean widths and relative BOPs to the training logs."""
+        """Add stage, group sparsity, mean widths and relative BOPs to the training logs; price and gap of a budget.
+
+        The gap is the present cost over the budget, less 1: at most 0 from the cool-down on.
+        """
         if "loss" in logs and self.qasso is not None:
             cost = self.measure_compression()
             logs["stage"] = int(self.stage)
@@ -157,6 +160,9 @@ class GETATrainer(Trainer):
             logs["weight_bits"] = cost.mean_weight_bits
             logs["activation_bits"] = cost.mean_activation_bits
             logs["relative_bops"] = cost.relative_bops
+            if self.qasso.pricing is not None:
+                logs["price"] = self.qasso.pricing.price
+                logs["budget_gap"] = self.qasso.pricing.gap(self.qasso.removed)
         super().log(logs, start_time)
 
     @property

@@ -83,6 +83,8 @@ class QADG:
         operations: what the forward computes, for cost models.
         equations: what int attributes of modules must satisfy when axes shrink.
         attributes: the value of each of these attributes before pruning.
+        can_be_cut: whether the model without a group is a smaller model; False for a space written by hand, whose
+            groups can only be zeroed.
     """
 
     axes: tuple[Axis, ...]
@@ -90,6 +92,7 @@ class QADG:
     operations: tuple[Operation, ...]
     equations: tuple[Equation, ...]
     attributes: dict[Attribute, int]
+    can_be_cut: bool = True
 
     @torch.no_grad()
     def zero_(self, model: nn.Module, removed: Removed) -> None:
@@ -128,7 +131,8 @@ class QADG:
         """A physically smaller copy of `model` without the removed groups; `model` is left alone.
 
         The copy computes what `model` computes after `zero_`. Int attributes that have to follow are set, and its
-        config says what changed, so that `save_pretrained` and `from_pretrained` work (with hf_geta imported).
+        config says what changed, so that `save_pretrained` and `from_pretrained` work (with hf_geta imported). Groups
+        that cannot be cut are zero in it instead.
 
         Args:
             model: the model, or one with the same tensors (with quantizers swapped in).
@@ -138,6 +142,9 @@ class QADG:
             ValueError: for an unknown axis, an index out of range, or an axis of which nothing would be left.
         """
         small = copy.deepcopy(model)
+        if not self.can_be_cut:
+            self.zero_(small, removed)
+            return small
         before = {name: tensor.shape for name, tensor in named_tensors(small).items()}
         attributes = self.prune_(small, removed)
         if hasattr(small, "config"):

@@ -10,6 +10,7 @@ effect's mean square (the empirical Fisher information along delta, up to the ba
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ class Pricing:
         allowed_bits: per quantizer the widths that it may end with, ascending.
         periods: decisions that remove groups; the cost falls from one to the next by the same factor.
         min_groups, group_divisible, most_removed: limits on groups.
+        independent: no common price: groups pay for half of the way (of its logarithm) at full widths, then widths for
+            the rest. For ablations.
 
     Attributes:
         noise: (quantizers,) squared gradients of ln d times levels^2, summed since the last decision.
@@ -56,7 +59,9 @@ class Pricing:
         min_groups: int,
         group_divisible: int,
         most_removed: int,
+        independent: bool = False,
     ) -> None:
+        self.independent = independent
         self.budget, self.space, self.widths, self.periods = budget, space, widths, periods
         self.allowed_bits, self.most_removed = allowed_bits, most_removed
         self.min_groups, self.group_divisible = min_groups, group_divisible
@@ -87,9 +92,14 @@ class Pricing:
         """The widths of the whole budget, once no more groups go."""
         self._allocate(None, torch.zeros(len(removed)), removed, int(removed.sum()))
 
+    def gap(self, removed: Tensor) -> float:
+        """Present cost over C*, less 1: with the widths as they are and the groups flagged in `removed` gone."""
+        counts = [int(gone.sum()) for gone in removed.cpu().split(self.space.axis_sizes)]
+        return self.budget.cost(counts, self.widths.bits().tolist()) / self.budget.target - 1
+
     def _allocate(self, target: float | None, scores: Tensor, removed: Tensor, most_removed: int) -> Tensor:
         scores, removed = GROUP_FACTOR * scores.double().cpu(), removed.cpu()
-        budget = self.budget if target is None else Budget(self.budget.terms, self.budget.constant, target)
+        budget = self.budget if target is None else dataclasses.replace(self.budget, target=target)
         found = self._solve(budget, scores.tolist(), self.noise.double().tolist(), removed, most_removed)
         self.ceilings = torch.tensor(found.bits, dtype=torch.float32).to(self.ceilings.device)
         self.price, self.cost = found.price, found.cost
@@ -107,7 +117,16 @@ class Pricing:
             widths=self.allowed_bits,
             most_removed=most_removed,
         )
-        return allocate(budget, choices, rises, noise, self.signed)
+        if not self.independent or most_removed == sum(choices.removed):
+            return allocate(budget, choices, rises, noise, self.signed)
+        half = dataclasses.replace(budget, target=(self.start * budget.target) ** 0.5)
+        at_full_width = dataclasses.replace(choices, widths=[bits[-1:] for bits in self.allowed_bits])
+        groups = allocate(half, at_full_width, rises, noise, self.signed).groups
+        gone = removed.clone()
+        gone[list(groups)] = True
+        counts = [int(flags.sum()) for flags in gone.split(self.space.axis_sizes)]
+        structure = dataclasses.replace(choices, removed=counts, blocks=[()] * len(counts))
+        return dataclasses.replace(allocate(budget, structure, rises, noise, self.signed), groups=groups)
 
     def _open_blocks(self, scores: Tensor, removed: Tensor) -> list[list[list[int]]]:
         """Per axis, the groups that may still go, the least salient first, in the blocks in which they may."""
@@ -130,7 +149,7 @@ class Pricing:
     def _check_reachable(self) -> None:
         ones = [1.0] * self.space.num_groups
         none_removed = torch.zeros(self.space.num_groups, dtype=torch.bool)
-        least = Budget(self.budget.terms, self.budget.constant, 0.0)
+        least = dataclasses.replace(self.budget, target=0.0)
         found = self._solve(least, ones, [1.0] * len(self.signed), none_removed, self.most_removed)
         if found.cost > self.budget.target:
             raise ValueError(

@@ -119,7 +119,8 @@ class QASSO(torch.optim.Optimizer):
             return self.final_bits, self.final_bits
         if self.config.weight_bits is None:
             return self.widths.signed, self.widths.signed  # empty
-        weight_bits, input_bits = self.config.weight_bits, self.config.activation_bits or self.config.weight_bits
+        weight_bits = self.config.allowed_bits("weight_bits") or ()
+        input_bits = self.config.allowed_bits("activation_bits") or weight_bits
         lower = self._per_quantizer(float(weight_bits[0]), float(input_bits[0]))
         upper = self._per_quantizer(
             float(self.schedule.upper_bits_at(self.step_count, weight_bits[-1])),
@@ -142,6 +143,7 @@ class QASSO(torch.optim.Optimizer):
             config.min_groups,
             config.group_divisible,
             most_removed=round(share * self.space.num_groups),
+            independent="joint_rule" in config.without,
         )
 
     def _per_quantizer(self, weight: float, activation: float) -> Tensor:
@@ -174,6 +176,11 @@ class QASSO(torch.optim.Optimizer):
     def _base_step_and_forget(self, entries: RedundantEntries, left_steps: int) -> None:
         """The base step; then x <- x - gamma (c + d r) on the redundant entries, with gamma and d as of `joint`."""
         bounds = self.width_bounds()
+        if "joint_rule" in self.config.without:  # forgetting that knows nothing of rounding and of the gradient
+            self.base.step()
+            self.widths.project_(*bounds)
+            entries.subtract_(entries.gather() / left_steps)
+            return
         before, gradient = entries.gather(), entries.gather_gradients()
         clipped, residual = entries.split_quantized(before)
         self.base.step()

@@ -1,0 +1,193 @@
+"""Budgets on a real (tiny) vision transformer: the cost model, whole runs, and what bits and channels trade."""
+
+import dataclasses
+import io
+import random
+
+import pytest
+import torch
+
+from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model
+from hf_geta.compress import measure_compression
+from hf_geta.optim.schedule import Stage
+from tests.optim.test_qasso import OPTIMIZERS, TOTAL_STEPS, batch, tiny_vit, train
+
+BUDGET = GETAConfig(target_bops=0.01, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=4)
+
+
+def prepared(config):
+    return prepare_model(tiny_vit().train(), config, {"pixel_values": batch(0)["pixel_values"]})
+
+
+def started(config):
+    model = prepared(config)
+    return model, create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+
+
+def axis_counts(qadg, removed):
+    return [len(removed.get(axis.name, ())) for axis in qadg.axes]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_budgets_cost_is_that_of_the_report(seed):
+    model, optimizer = started(BUDGET)
+    rng, qadg = random.Random(seed), model.geta.qadg
+    removed = {axis.name: rng.sample(range(axis.size), rng.randrange(axis.size)) for axis in qadg.axes}
+    bits = torch.tensor([float(rng.randint(2, 8)) for _ in optimizer.widths.quantizers])
+    qadg.zero_(model, removed)
+    optimizer.widths.project_(bits, bits)
+    cost = optimizer.pricing.budget.cost(axis_counts(qadg, removed), bits.tolist())
+    # widths are read back from float32 logarithms
+    assert cost == pytest.approx(measure_compression(model).relative_bops, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"group_sparsity": 0},
+        {"group_sparsity": 0.3},
+        {"weight_bits": [2, 4, 8], "group_divisible": 8},
+        {"granularity": "channel", "target_bops": 0.03},
+        {"weight_bits": None, "activation_bits": None, "target_bops": 0.5},
+        {"without": ["joint_rule"]},
+    ],
+    ids=str,
+)
+def test_a_run_ends_at_its_budget_within_one_move_with_every_width_in_range_at_every_step(changes):
+    config = GETAConfig.from_dict(BUDGET.to_dict() | changes)
+    model, optimizer = started(config)
+    for step in train(model, optimizer, range(TOTAL_STEPS)):
+        if optimizer.schedule.stage_at(step) is Stage.WARMUP or config.weight_bits is None:
+            continue
+        bits = optimizer.widths.bits()
+        assert bits.min() >= 2 - 1e-4
+        if optimizer.schedule.stage_at(step) is not Stage.PROJECTION:
+            assert bits.max() <= 8 + 1e-4
+    cost = measure_compression(model)
+    assert cost.relative_bops <= config.target_bops * (1 + 1e-6)
+    assert optimizer.pricing.cost == pytest.approx(cost.relative_bops, rel=1e-6)
+    assert int(optimizer.removed.sum()) == optimizer.groups_to_remove
+    if config.group_sparsity is not None:
+        assert cost.group_sparsity <= config.group_sparsity + 1e-9
+    budget, removed = optimizer.pricing.budget, axis_counts(model.geta.qadg, model.geta.qadg.zero_groups(model))
+    final = [] if optimizer.final_bits is None else [int(b) for b in optimizer.final_bits]
+    for row, allowed in enumerate(optimizer.pricing.allowed_bits):  # no width can be raised
+        assert final[row] in allowed
+        if final[row] < allowed[-1]:
+            wider = list(final)
+            wider[row] = allowed[allowed.index(final[row]) + 1]
+            assert budget.cost(removed, wider) > config.target_bops
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_the_weight_file_is_not_larger_than_its_budget(granularity, tmp_path):
+    dense = sum(p.numel() for p in tiny_vit().parameters()) * 4
+    config = GETAConfig(target_size=str(dense * 3 // 4), weight_bits=[2, 8], pruning_periods=4, granularity=granularity)
+    model, optimizer = started(config)
+    list(train(model, optimizer, range(TOTAL_STEPS)))
+    finalize_model(model).save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    entries = len(optimizer.pricing.budget.terms) * 128  # what the header may take less than was put by for it
+    assert dense * 3 // 4 - entries - dense // 20 < size <= dense * 3 // 4
+
+
+@pytest.mark.parametrize("stop", [14, 21, 30, 40])
+def test_a_resumed_run_has_the_widths_and_groups_of_the_uninterrupted_one(stop):
+    model, optimizer = started(BUDGET)
+    list(train(model, optimizer, range(stop)))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    list(train(model, optimizer, range(stop, TOTAL_STEPS)))
+    resumed, second = started(BUDGET)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed.load_state_dict(state["model"])
+    second.load_state_dict(state["optimizer"])
+    list(train(resumed, second, range(stop, TOTAL_STEPS)))
+    assert torch.equal(optimizer.final_bits, second.final_bits)
+    assert torch.equal(optimizer.removed, second.removed)
+    assert optimizer.pricing.price == second.pricing.price > 0
+    for (name, p), q in zip(model.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def observed(config):
+    """A pricing that has watched a real model train up to its first decision, and the scores for it."""
+    model, optimizer = started(config)
+    first = optimizer.schedule.warmup_steps + optimizer.schedule.projection_steps
+    list(train(model, optimizer, range(first)))
+    return optimizer.pricing, optimizer.scores.clone(), optimizer.pricing.noise.clone()
+
+
+def decide(pricing, scores, noise, removed=None, allowed=None):
+    """Groups chosen, (num_groups,), and widths, for the whole budget at once."""
+    pricing.noise, pricing.periods = noise.clone(), 1
+    pricing.allowed_bits = allowed or pricing.allowed_bits
+    removed = torch.zeros(len(scores), dtype=torch.bool) if removed is None else removed
+    return pricing.decide(0, scores, removed), pricing.ceilings
+
+
+def hidden_axis(pricing):
+    """(first group, size) of the first MLP axis."""
+    place = next(i for i, kind in enumerate(pricing.space.axis_kinds) if "mlp" in kind or "hidden" in kind)
+    return sum(pricing.space.axis_sizes[:place]), pricing.space.axis_sizes[place], place
+
+
+def layers_of(pricing, axis):
+    """Rows of the weight quantizers of the layers that an axis runs through."""
+    rows = {term.quantizers[0] for term in pricing.budget.terms if any(axis == a for dim in term.dims for a, _ in dim)}
+    return sorted(rows)
+
+
+def test_forcing_fewer_channels_in_a_layer_raises_its_widths():
+    config = dataclasses.replace(BUDGET, target_bops=0.006)
+    pricing, scores, noise = observed(config)
+    start, size, axis = hidden_axis(pricing)
+    pricing.most_removed = 0  # widths alone answer
+    _, free = decide(pricing, scores, noise)
+    forced = torch.zeros(len(scores), dtype=torch.bool)
+    forced[start : start + size * 2 // 3] = True
+    pricing.most_removed = int(forced.sum())
+    _, kept = decide(pricing, scores, noise, removed=forced)
+    rows = layers_of(pricing, axis)
+    assert kept[rows].sum() > free[rows].sum()
+
+
+def test_forcing_fewer_bits_in_a_layer_keeps_more_of_its_channels():
+    pricing, scores, noise = observed(dataclasses.replace(BUDGET, target_bops=0.006))
+    start, size, axis = hidden_axis(pricing)
+    chosen, _ = decide(pricing, scores, noise)
+    rows = layers_of(pricing, axis)
+    allowed = [(2,) if row in rows else bits for row, bits in enumerate(pricing.allowed_bits)]
+    pricing.start = pricing.budget.cost([0] * len(pricing.space.axis_sizes), [bits[-1] for bits in allowed])
+    with_few_bits, _ = decide(pricing, scores, noise, allowed=allowed)
+    assert with_few_bits[start : start + size].sum() < chosen[start : start + size].sum()
+
+
+def test_a_budget_out_of_reach_is_refused_with_what_is_left():
+    with pytest.raises(ValueError, match=r"the budget of 1e-05 cannot be met: .* is left"):
+        started(dataclasses.replace(BUDGET, target_bops=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"), [("projection", "widths outside"), ("qadg", "rows"), ("joint_rule", "in range")]
+)
+def test_an_ablation_leaves_out_its_part_and_nothing_else(part, expected):
+    config = GETAConfig(group_sparsity=0.3, weight_bits=[2, 4], activation_bits=[8, 8], pruning_periods=4, without=part)
+    model, optimizer = started(config)
+    list(train(model, optimizer, range(TOTAL_STEPS)))
+    assert optimizer.removed.sum() == optimizer.groups_to_remove > 0
+    small = finalize_model(model)
+    bits = optimizer.final_bits[optimizer.is_weight]
+    if expected == "widths outside":
+        assert bits.max() > 4
+    else:
+        assert bits.max() <= 4
+    axes = model.geta.qadg.axes
+    assert all(axis.name.endswith(".rows") for axis in axes) == (expected == "rows")
+    inputs = {"pixel_values": batch(7)["pixel_values"]}
+    with torch.no_grad():
+        difference = small(**inputs).logits - model.eval()(**inputs).logits
+    # summing fewer zeros may flip the rounding of an activation
+    assert difference.norm() < 0.02 * model(**inputs).logits.norm()

@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import random
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import ProgressCallback
 
@@ -37,8 +36,10 @@ from hf_geta.compress import (
 from hf_geta.config import GETAConfig
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.schedule import Schedule, Stage
+from hf_geta.randomness import preserved_rng
 from hf_geta.report.card import save_report
 from hf_geta.report.cost import Cost
+from hf_geta.teacher import DistillingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -47,29 +48,36 @@ logger = logging.getLogger(__name__)
 FINALIZE_TOLERANCE = 0.05
 
 
-class GETATrainer(Trainer):
+class GETATrainer(DistillingTrainer):
     """Fine-tune and compress in one run.
 
     Args:
         geta_config: the targets; `None` trains without compression, exactly like `Trainer`.
+        teacher_model: a model whose outputs the compressed one follows while it trains (the dense model, mostly), or
+            the name of its checkpoint; put in eval mode, frozen, never saved. The `distillation_*` fields of
+            `geta_config` weigh it against the task's loss.
         *args, **kwargs: as `transformers.Trainer` takes them. `optimizers=(optimizer, None)` wraps an optimizer of
             your own.
 
     Raises:
         ValueError: at the start of `train()`, before any step: stages that do not fit the run, no prunable axis, no
-            layer to quantize, NaN in calibration, an output folder that is not writable.
+            layer to quantize, NaN in calibration, an output folder that is not writable, a teacher that gives
+            nothing to follow.
     """
 
-    model: PreTrainedModel  # always there once Trainer.__init__ has run
-
-    def __init__(self, *args: Any, geta_config: GETAConfig | None = None, **kwargs: Any) -> None:
-        self.geta_config = geta_config
+    def __init__(
+        self,
+        *args: Any,
+        geta_config: GETAConfig | None = None,
+        teacher_model: PreTrainedModel | str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._saving_checkpoint = False
         self._planned_steps = 0
         given = args[1] if len(args) > 1 else kwargs.get("args")
         if geta_config is not None and isinstance(given, TrainingArguments):
             _check_writable(str(given.output_dir))  # Trainer creates the folder, and says less if it cannot
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, geta_config=geta_config, teacher_model=teacher_model, **kwargs)
         if geta_config is not None:
             self._refuse_what_qasso_cannot_drive()
             self.add_callback(CompressionProgress(self))
@@ -99,7 +107,7 @@ class GETATrainer(Trainer):
                     "pass the same config, or a fresh model."
                 )
             return
-        with _preserved_rng():
+        with preserved_rng():
             batches = self._calibration_batches(self.geta_config.calibration_batches)
             prepare_model(self.model, self.geta_config, batches[0], batches)
 
@@ -119,6 +127,10 @@ class GETATrainer(Trainer):
                 "create_optimizer_and_scheduler(num_training_steps)."
             )
         Schedule.from_config(self.geta_config, total_steps)  # refuses before a calibration is spent
+        if self.distils:
+            with preserved_rng():
+                batch = self._first_batches(1)[0]
+            self.try_teacher(batch)
         self.prepare()
         self.optimizer = create_optimizer(self.model, super().create_optimizer(model), total_steps)
         return self.optimizer
@@ -131,6 +143,10 @@ class GETATrainer(Trainer):
 
     def _calibration_batches(self, count: int) -> list[dict[str, Any]]:
         """The first batches of a shuffled pass over the training data, without labels."""
+        batches = self._first_batches(count)
+        return [{key: value for key, value in batch.items() if key not in self.label_names} for batch in batches]
+
+    def _first_batches(self, count: int) -> list[dict[str, Any]]:
         if self.train_dataset is None:
             raise ValueError("GETATrainer sets the activation ranges from training data: pass train_dataset.")
         shuffled = not isinstance(self.train_dataset, IterableDataset)
@@ -144,7 +160,7 @@ class GETATrainer(Trainer):
         batches = [self._prepare_inputs(batch) for batch in itertools.islice(loader, count)]
         if not batches:
             raise ValueError("the training dataset is empty: there is nothing to calibrate or to train on.")
-        return [{key: value for key, value in batch.items() if key not in self.label_names} for batch in batches]
+        return batches
 
     # -- while it trains ------------------------------------------------------------------------------------------
 
@@ -209,7 +225,7 @@ class GETATrainer(Trainer):
                 self.qasso.groups_to_remove,
             )
         small = finalize_model(self.model)
-        with _preserved_rng():
+        with preserved_rng():
             inputs = self._calibration_batches(1)[0]
         difference = output_difference(self.model, small, inputs)
         if not difference <= FINALIZE_TOLERANCE:
@@ -302,18 +318,6 @@ def _check_writable(directory: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"output_dir={directory!r} cannot be written ({error}): choose another folder.") from error
-
-
-@contextlib.contextmanager
-def _preserved_rng() -> Iterator[None]:
-    """Whatever is drawn inside, the random streams of python, numpy and torch go on as if it had not been."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ effect's mean square (the empirical Fisher information along delta, up to the ba
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from hf_geta.optim.widths import WidthTable, log_levels
 
 # A group's entries are those that produce it and those that use it: <x, g> over all of them counts it twice.
 GROUP_FACTOR = 0.25
+# What a decision leaves of the sums for the next one: few steps lie between two, and their gradients are noisy.
+MEMORY = 0.5
 
 
 class Pricing:
@@ -40,7 +43,7 @@ class Pricing:
             the rest. For ablations.
 
     Attributes:
-        noise: (quantizers,) squared gradients of ln d times levels^2, summed since the last decision.
+        noise: (quantizers,) squared gradients of ln d times levels^2, summed over steps; a decision halves it.
         ceilings: (quantizers,) the widths that the last decision left, in bits; upper bounds while the run goes on.
         price: of the last move of the last decision: loss per cost, both as `allocate` counts them.
         cost: C that the last decision leads to.
@@ -81,12 +84,14 @@ class Pricing:
         """Flags of the groups to remove in `period`, (num_groups,) bool on the CPU; sets ceilings, price and cost.
 
         Args:
-            scores: (num_groups,) <x, g>^2, summed over the steps that `noise` is summed over.
+            scores: (num_groups,) <x, g>^2, summed over the steps that `noise` is summed over; halved afterwards.
             removed: (num_groups,) bool, the groups that are gone already.
         """
         share = (period + 1) / self.periods
         target = self.start * (self.budget.target / self.start) ** share if self.start > self.budget.target else None
-        return self._allocate(target, scores, removed, self.most_removed)
+        chosen = self._allocate(target, scores, removed, self.most_removed)
+        scores *= MEMORY
+        return chosen
 
     def settle(self, removed: Tensor) -> None:
         """The widths of the whole budget, once no more groups go."""
@@ -103,7 +108,7 @@ class Pricing:
         found = self._solve(budget, scores.tolist(), self.noise.double().tolist(), removed, most_removed)
         self.ceilings = torch.tensor(found.bits, dtype=torch.float32).to(self.ceilings.device)
         self.price, self.cost = found.price, found.cost
-        self.noise.zero_()
+        self.noise *= MEMORY
         chosen = torch.zeros_like(removed)
         chosen[list(found.groups)] = True
         return chosen
@@ -134,12 +139,10 @@ class Pricing:
         for size in self.space.axis_sizes:
             alive = (~removed[offset : offset + size]).nonzero().squeeze(1) + offset
             order = alive[torch.argsort(scores[alive], stable=True)].tolist()
-            sizes = removable_groups(len(order), self.min_groups, self.group_divisible)
-            blocks, start = [], 0
-            for length in sizes:
-                blocks.append(order[start : start + length])
-                start += length
-            axes.append(blocks)
+            ends = itertools.accumulate(removable_groups(size, self.min_groups, self.group_divisible))
+            left = [end - size + len(order) for end in ends]  # of the blocks, less what is gone
+            starts = [0, *(end for end in left if end > 0)]
+            axes.append([order[start:end] for start, end in itertools.pairwise(starts)])
             offset += size
         return axes
 

@@ -229,7 +229,6 @@ class QASSO(torch.optim.Optimizer):
             self.redundant = _agreed(self.pricing.decide(index, self.scores, self.removed).to(self.removed.device))
             self.pricing.ceilings = _agreed(self.pricing.ceilings)
             self.groups_to_remove = int(self.redundant.sum() + self.removed.sum())
-            self.scores.zero_()
             self._cache_index_sets()
             return
         count = self.schedule.redundant_count(index, self.groups_to_remove)

@@ -31,7 +31,7 @@ from hf_geta.graph.qadg import QADG
 from hf_geta.graph.tracing import float_tensors
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.space import PruningSpace
-from hf_geta.optim.widths import WidthTable
+from hf_geta.optim.widths import WidthTable, nearest_allowed
 from hf_geta.quantization.calibration import calibrate_
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers, restore_modules_
 from hf_geta.quantization.quantizers import Quantizer
@@ -137,8 +137,8 @@ def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
 
     A run with `weight_bits=None` ends in an ordinary float model of fewer groups.
 
-    A group counts as removed when all its members are exactly zero. Widths that are not whole yet (a run that
-    stopped before its cool-down) are rounded inside their bounds.
+    A group counts as removed when all its members are exactly zero. Widths of a run that stopped before its
+    cool-down go to the nearest allowed ones.
 
     Returns:
         A copy with physically smaller, packed layers and the manifest in its config; `save_pretrained` it and load
@@ -161,7 +161,7 @@ def measure_compression(model: nn.Module, finalized: bool = False) -> Cost:
     """What a prepared model costs beside the dense one: BOPs, parameters, widths, group sparsity.
 
     Args:
-        finalized: with the whole widths that `finalize_model` gives it, instead of those that it has now.
+        finalized: with the allowed widths that `finalize_model` gives it, instead of those that it has now.
 
     Raises:
         ValueError: if `model` is not prepared.
@@ -170,11 +170,14 @@ def measure_compression(model: nn.Module, finalized: bool = False) -> Cost:
     removed = qadg.zero_groups(model)
     dense = {name: p.numel() for name, p in _prunable_parameters(model, remove_duplicate=True).items()}
     measured = {operation.weight for operation in qadg.operations}
+    weights_allowed, inputs_allowed = (
+        config.allowed_bits(name) if finalized else None for name in ("weight_bits", "activation_bits")
+    )
     weight_bits, input_bits = {}, {}
     for name, layer in quantized_layers(model).items():
-        weight_bits[f"{name}.weight"] = _bits(layer.weight_quantizer, config.weight_bits if finalized else None)
+        weight_bits[f"{name}.weight"] = _bits(layer.weight_quantizer, weights_allowed)
         if layer.input_quantizer is not None and layer.input_quantizer.enabled:
-            input_bits[f"{name}.weight"] = _bits(layer.input_quantizer, config.activation_bits if finalized else None)
+            input_bits[f"{name}.weight"] = _bits(layer.input_quantizer, inputs_allowed)
     return measure_cost(
         qadg.operations,
         dense,
@@ -186,10 +189,9 @@ def measure_compression(model: nn.Module, finalized: bool = False) -> Cost:
     )
 
 
-def _bits(quantizer: Quantizer, whole_within: Sequence[int] | None) -> float:
-    """The width; with bounds, the whole one that `_round_widths_` makes of it."""
-    bits = round(float(quantizer.bits), 4)
-    return bits if whole_within is None else min(max(round(bits), whole_within[0]), whole_within[1])
+def _bits(quantizer: Quantizer, allowed: Sequence[int] | None) -> float:
+    """The width; with a set, the one that `_round_widths_` makes of it."""
+    return round(float(nearest_allowed(quantizer.bits, allowed)), 4)
 
 
 def _kept_numel(
@@ -245,12 +247,12 @@ def _prunable_parameters(model: nn.Module, remove_duplicate: bool = False) -> di
 
 def _round_widths_(model: nn.Module, config: GETAConfig) -> None:
     weights, activations = _quantizers(model)
-    for quantizers, bounds in ((list(weights.values()), config.weight_bits), (activations, config.activation_bits)):
-        if not quantizers or bounds is None:
+    for name, quantizers in (("weight_bits", list(weights.values())), ("activation_bits", activations)):
+        if not quantizers:
             continue
         table = WidthTable(list({id(q): q for q in quantizers}.values()))
         bits = table.bits()
-        whole = bits.round().clamp(*bounds)
-        if (bits - whole).abs().max() > 1e-3:
+        final = nearest_allowed(bits, config.allowed_bits(name))
+        if (bits - final).abs().max() > 1e-3:
             logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
-        table.project_(whole, whole)
+        table.project_(final, final)

@@ -6,7 +6,7 @@ The base optimizer computes its own step, with its schedule, clipping and decay;
     projection   d moves so that every width lies in [b_l, b_u]; b_u falls to its target (nothing without quantizers)
     joint        per period, the least salient groups become redundant: their entries are forgotten,
                  x <- x - gamma Q(x), and are exactly zero from the period's end on
-    cool-down    widths rounded once and fixed; everything else trains on
+    cool-down    widths moved once to the nearest allowed ones and fixed; everything else trains on
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_geta.optim.joint import forget_rate, joint_step_size
 from hf_geta.optim.redundant import RedundantEntries
 from hf_geta.optim.schedule import Schedule, Stage
 from hf_geta.optim.space import PruningSpace
-from hf_geta.optim.widths import WidthTable
+from hf_geta.optim.widths import WidthTable, nearest_allowed
 from hf_geta.quantization.quantizers import Quantizer
 
 
@@ -62,7 +62,7 @@ class QASSO(torch.optim.Optimizer):
         weights = list({id(q): q for q in weight_quantizers.values()}.values())
         quantizers = [*weights, *input_quantizers]
         self.widths = WidthTable(quantizers, next((p.device for p in space.parameters), None))
-        self.is_weight = torch.tensor([True] * len(weights) + [False] * len(input_quantizers))
+        self.is_weight = torch.tensor([True] * len(weights) + [False] * len(input_quantizers), dtype=torch.bool)
         rows = {id(q): row for row, q in enumerate(quantizers)}
         self.quantizer_rows = [
             rows.get(id(weight_quantizers.get(name)), -1) for name in space.parameter_names
@@ -116,8 +116,8 @@ class QASSO(torch.optim.Optimizer):
         weight_bits, input_bits = self.config.weight_bits, self.config.activation_bits or self.config.weight_bits
         lower = self._per_quantizer(float(weight_bits[0]), float(input_bits[0]))
         upper = self._per_quantizer(
-            float(self.schedule.upper_bits_at(self.step_count, weight_bits[1])),
-            float(self.schedule.upper_bits_at(self.step_count, input_bits[1])),
+            float(self.schedule.upper_bits_at(self.step_count, weight_bits[-1])),
+            float(self.schedule.upper_bits_at(self.step_count, input_bits[-1])),
         )
         return lower, upper
 
@@ -216,12 +216,18 @@ class QASSO(torch.optim.Optimizer):
 
     def _cooldown_step(self) -> None:
         if self.final_bits is None:
-            lower, upper = self.width_bounds()
-            self.final_bits = self.widths.bits().round().clamp(lower, upper)
+            self.final_bits = self._nearest_allowed()
         self.widths.fold_step_size_gradients_()
         self.base.step()
         self.widths.project_(self.final_bits, self.final_bits)
         self._zero_removed()
+
+    def _nearest_allowed(self) -> Tensor:
+        """The allowed width nearest to each quantizer's own, (quantizers,)."""
+        bits, allowed = self.widths.bits(), self.config.allowed_bits
+        weights = nearest_allowed(bits, allowed("weight_bits"))
+        inputs = nearest_allowed(bits, allowed("activation_bits") or allowed("weight_bits"))
+        return weights.where(self.is_weight, inputs)
 
     def _zero_removed(self) -> None:
         for parameter, dim, positions in self._removed_positions:

@@ -96,10 +96,10 @@ class Schedule:
             )
         for name in ("weight_bits", "activation_bits"):
             bits = getattr(config, name)
-            if bits is not None and self.projection_periods(bits[1]) > self.projection_steps:
+            if bits is not None and self.projection_periods(bits[-1]) > self.projection_steps:
                 raise ValueError(
-                    f"{name}={bits}: from initial_bits={self.initial_bits} down to {bits[1]} by "
-                    f"bit_reduction={self.bit_reduction} takes {self.projection_periods(bits[1])} periods, more than "
+                    f"{name}={bits}: from initial_bits={self.initial_bits} down to {bits[-1]} by "
+                    f"bit_reduction={self.bit_reduction} takes {self.projection_periods(bits[-1])} periods, more than "
                     f"the {self.projection_steps} steps of the projection stage: raise projection_steps (or train "
                     "longer), raise bit_reduction, or lower initial_bits."
                 )

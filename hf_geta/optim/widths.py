@@ -15,6 +15,17 @@ def log_levels(bits: Tensor, signed: Tensor) -> Tensor:
     return torch.log(torch.exp2(bits - signed) - 1)
 
 
+def nearest_allowed(bits: Tensor, allowed: Sequence[int] | None) -> Tensor:
+    """The nearest of the widths in `allowed`, ascending, for each of `bits`, in its shape; a tie goes to the wider.
+
+    None allows every width: `bits` itself.
+    """
+    if allowed is None:
+        return bits
+    widths = torch.tensor(allowed, dtype=bits.dtype, device=bits.device)
+    return widths[torch.bucketize(bits, (widths[1:] + widths[:-1]) / 2, right=True)]
+
+
 class WidthTable:
     """The quantizers' (d, q_m, t), stacked in log space: ln d = t ln q_m - ln(levels).
 

@@ -93,6 +93,46 @@ def test_every_width_stays_inside_its_bounds_and_exactly_the_asked_groups_go(nam
     assert output_difference(model, small, {"pixel_values": batch(99)["pixel_values"]}) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("weights", "inputs", "discrete"),
+    [([2, 4, 8], [4, 8, 16], False), ([3, 6], [4, 8], True), ([2, 3, 7], [8, 8], False)],
+)
+def test_a_set_of_widths_is_a_hull_while_it_trains_and_the_only_widths_at_the_end(weights, inputs, discrete):
+    changes = {"weight_bits": weights, "activation_bits": inputs, "discrete_bits": discrete}
+    config = GETAConfig.from_dict(CONFIG.to_dict() | changes)
+    model = prepared(config)
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    kinds = ((optimizer.is_weight, "weight_bits"), (~optimizer.is_weight, "activation_bits"))
+    relaxed = False
+    for step in train(model, optimizer, range(TOTAL_STEPS)):
+        stage, bits = optimizer.schedule.stage_at(step), optimizer.widths.bits()
+        for kind, name in kinds if stage is not Stage.WARMUP else ():
+            allowed = torch.tensor(config.allowed_bits(name))
+            upper = optimizer.schedule.upper_bits_at(step, int(allowed[-1]))
+            assert bits[kind].min() >= allowed[0] - BITS_TOLERANCE
+            assert bits[kind].max() <= upper + BITS_TOLERANCE
+            distance = (bits[kind, None] - allowed).abs().amin(1).max()
+            relaxed |= stage is Stage.JOINT and bool(distance > 0.01)
+            assert stage is not Stage.COOLDOWN or distance < BITS_TOLERANCE
+    assert relaxed
+    small = finalize_model(model)
+    layers = small.config.quantization_config["layers"].values()
+    assert {layer["bits"] for layer in layers} <= set(config.allowed_bits("weight_bits"))
+    assert {layer["activation_bits"] for layer in layers} <= set(config.allowed_bits("activation_bits"))
+
+
+def test_a_run_stopped_early_ends_with_the_widths_that_its_report_says():
+    model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | {"weight_bits": [2, 4, 8], "activation_bits": [4, 8, 16]}))
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(30)))
+    said = measure_compression(model, finalized=True)
+    layers = finalize_model(model).config.quantization_config["layers"]
+    for operation in said.operations:
+        if operation.weight is not None and (layer := layers.get(operation.weight.removesuffix(".weight"))):
+            assert (layer["bits"], layer["activation_bits"]) == (operation.weight_bits, operation.activation_bits)
+            assert layer["bits"] in (2, 4, 8)
+
+
 def test_warmup_is_the_base_optimizer_bit_for_bit():
     ours, plain = prepared(), prepared()
     optimizer = create_optimizer(ours, OPTIMIZERS["adamw"](ours.parameters()), TOTAL_STEPS)

@@ -74,6 +74,7 @@ def test_shares_become_steps_of_the_run():
         ({"joint_steps": 5, "pruning_periods": 6}, 100, "pruning_periods=6 do not fit the 5 steps"),
         ({"projection_steps": 3}, 100, "takes 4 periods, more than the 3 steps"),
         ({"projection_steps": 5, "activation_bits": [2, 4]}, 100, "activation_bits=.*takes 6 periods"),
+        ({"projection_steps": 4, "weight_bits": [2, 4, 6]}, 100, "down to 6 by bit_reduction=2 takes 5 periods"),
     ],
 )
 def test_a_run_that_cannot_reach_its_targets_is_refused(values, total_steps, message):

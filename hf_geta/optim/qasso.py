@@ -11,6 +11,7 @@ The base optimizer computes its own step, with its schedule, clipping and decay;
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,12 +21,15 @@ from torch import Tensor
 
 from hf_geta.config import GETAConfig
 from hf_geta.optim import saliency
+from hf_geta.optim.choice import choose_least_salient, nearest_reachable
 from hf_geta.optim.joint import forget_rate, joint_step_size
 from hf_geta.optim.redundant import RedundantEntries
 from hf_geta.optim.schedule import Schedule, Stage
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable, nearest_allowed
 from hf_geta.quantization.quantizers import Quantizer
+
+logger = logging.getLogger(__name__)
 
 
 class QASSO(torch.optim.Optimizer):
@@ -196,13 +200,14 @@ class QASSO(torch.optim.Optimizer):
         count = self.schedule.redundant_count(index, self.groups_to_remove)
         scores = saliency.magnitude(self.space) if self.config.saliency == "magnitude" else self.scores
         scores = saliency.normalize_by_kind(scores, self.space.axis_kinds, self.space.axis_sizes)
-        chosen = saliency.choose_least_salient(
+        chosen = choose_least_salient(
             scores,
             self.removed,
             count,
             self.space.axis_sizes,
             self.config.min_groups,
             self.config.group_divisible,
+            total=self.groups_to_remove,
         )
         self.redundant = _agreed(chosen.to(self.removed.device))
         self.scores.zero_()
@@ -303,15 +308,25 @@ def _agreed(flags: Tensor) -> Tensor:
 
 
 def _groups_to_remove(config: GETAConfig, space: PruningSpace) -> int:
-    """K = round(group_sparsity x groups)."""
-    count = round((config.group_sparsity or 0.0) * space.num_groups)
-    blocks = [saliency.removable_groups(size, config.min_groups, config.group_divisible) for size in space.axis_sizes]
-    most = sum(map(sum, blocks))
-    if count > most:
+    """K: round(group_sparsity x groups), or the nearest number that whole blocks reach: half a block away at most."""
+    asked = round((config.group_sparsity or 0.0) * space.num_groups)
+    limits = space.axis_sizes, config.min_groups, config.group_divisible
+    most = nearest_reachable(space.num_groups, *limits)
+    if asked > most:
         raise ValueError(
-            f"group_sparsity={config.group_sparsity} asks for {count} of {space.num_groups} groups, but "
+            f"group_sparsity={config.group_sparsity} asks for {asked} of {space.num_groups} groups, but "
             f"min_groups={config.min_groups} and group_divisible={config.group_divisible} let at most {most} go: "
             f"lower group_sparsity to {most / max(space.num_groups, 1):.3f} or relax them."
+        )
+    count = nearest_reachable(asked, *limits)
+    if count != asked:
+        logger.warning(
+            "group_sparsity=%s asks for %d of %d groups; in whole blocks (group_divisible=%d) %d go.",
+            config.group_sparsity,
+            asked,
+            space.num_groups,
+            config.group_divisible,
+            count,
         )
     return count
 

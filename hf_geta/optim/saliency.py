@@ -1,4 +1,4 @@
-"""Which groups matter least? Scores per group and the choice among them. Pure."""
+"""Which groups matter least? Scores per group, and how they rank together. Pure."""
 
 from __future__ import annotations
 
@@ -48,47 +48,3 @@ def removable_groups(size: int, min_groups: int, divisible: int) -> list[int]:
             return blocks
         blocks.append(step)
         left -= step
-
-
-def choose_least_salient(
-    scores: Tensor, removed: Tensor, count: int, sizes: Sequence[int], min_groups: int = 1, divisible: int = 1
-) -> Tensor:
-    """Flags of the groups to remove next: the least salient, until `count` are gone in all.
-
-    Args:
-        scores: (num_groups,) saliency.
-        removed: (num_groups,) bool, the groups that are gone already.
-        count: groups gone afterwards, those in `removed` included. With `divisible` > 1 whole blocks go, so the
-            result may stay up to one block short of it.
-        sizes: groups per axis.
-
-    Returns:
-        (num_groups,) bool on the CPU, disjoint from `removed`. Ties go to the lower group number.
-    """
-    scores, removed = scores.detach().double().cpu(), removed.cpu()
-    blocks: list[tuple[float, int, list[int]]] = []  # (mean score, first group, groups)
-    offset = 0
-    for size in sizes:
-        gone = removed[offset : offset + size]
-        alive = (~gone).nonzero().squeeze(1) + offset
-        order = alive[torch.argsort(scores[alive], stable=True)]
-        shrinks = removable_groups(size, min_groups, divisible)
-        start, skip = 0, int(gone.sum())
-        for block in shrinks:
-            if skip >= block:  # removed in an earlier period
-                skip -= block
-                continue
-            groups = order[start : start + block].tolist()
-            blocks.append((float(scores[groups].mean()), groups[0], groups))
-            start += block
-        offset += size
-    chosen = torch.zeros_like(removed)
-    left = count - int(removed.sum())
-    for _, _, groups in sorted(blocks, key=lambda block: block[:2]):
-        if len(groups) > left:
-            if divisible == 1:
-                break
-            continue
-        chosen[groups] = True
-        left -= len(groups)
-    return chosen

@@ -341,6 +341,32 @@ def test_a_batch_that_does_not_fit_leaves_the_model_as_it_came():
     prepare_model(model, CONFIG, good)
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.6])
+def test_with_blocks_and_least_sizes_exactly_the_asked_groups_go_too(sparsity):
+    changes = {"group_divisible": 5, "min_groups": 2, "group_sparsity": sparsity}
+    model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | changes))
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    seen = torch.zeros_like(optimizer.removed)
+    for _ in train(model, optimizer, range(TOTAL_STEPS)):
+        assert (optimizer.removed | ~seen).all()
+        seen = optimizer.removed.clone()
+    axes, removed = model.geta.qadg.axes, model.geta.qadg.zero_groups(model)
+    assert sum(map(len, removed.values())) == round(sparsity * sum(axis.size for axis in axes))
+    for axis in axes:
+        kept = axis.size - len(removed.get(axis.name, ()))
+        assert kept >= 2
+        assert axis.size <= 5 or kept == axis.size or kept % 5 == 0
+
+
+def test_a_number_of_groups_that_blocks_do_not_reach_becomes_the_nearest_and_is_logged_once(caplog):
+    """Two layers of 24 units in blocks of 16 lose 8 or none, two of 4 heads lose up to 3 each: 0-6, 8-14, 16-22."""
+    model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | {"group_divisible": 16, "group_sparsity": 7 / 56}))
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(TOTAL_STEPS)))
+    assert optimizer.removed.sum() == optimizer.groups_to_remove == 8
+    assert len([record for record in caplog.records if "asks for 7 of 56 groups" in record.message]) == 1
+
+
 def test_more_groups_than_may_go_are_refused():
     model = prepared(GETAConfig(group_sparsity=0.99))
     with pytest.raises(ValueError, match="let at most"):

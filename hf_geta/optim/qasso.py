@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_geta.config import GETAConfig
+from hf_geta.config import MIXED_SALIENCIES, GETAConfig
 from hf_geta.optim import saliency
 from hf_geta.optim.choice import choose_least_salient, nearest_reachable
 from hf_geta.optim.joint import forget_rate, joint_step_size
@@ -84,7 +84,8 @@ class QASSO(torch.optim.Optimizer):
         device = self.widths.signed.device
         self.is_weight = self.is_weight.to(device)
         space.to(device)
-        self.scores = torch.zeros(space.num_groups, device=device)
+        self.observed = saliency.observed_kinds(config.saliency)
+        self.scores = torch.zeros(len(self.observed), space.num_groups, device=device)  # since the last decision
         self.removed = torch.zeros(space.num_groups, dtype=torch.bool, device=device)  # exactly zero by now
         self.redundant = torch.zeros_like(self.removed)  # being forgotten in the present period
         self.final_bits: Tensor | None = None
@@ -130,11 +131,18 @@ class QASSO(torch.optim.Optimizer):
         return values.masked_fill_(self.is_weight, weight)
 
     def _observe_saliency(self) -> None:
-        if self.config.saliency == "magnitude" or not self.groups_to_remove:
-            return
-        first_order = saliency.first_order(self.space)
-        observed = first_order.abs() if self.config.saliency == "taylor" else first_order.square()
-        self.scores += observed.nan_to_num(0.0, 0.0, 0.0)  # a batch that overflowed says nothing
+        if self.observed and self.groups_to_remove:
+            self.scores += saliency.observe(saliency.first_order(self.space), self.observed)
+
+    def _ranking(self) -> Tensor:
+        """What a decision ranks the groups by, (num_groups,)."""
+        config, scores = self.config, dict(zip(self.observed, self.scores, strict=True))
+        weights = {config.saliency: 1.0}
+        if config.saliency == "mix":
+            weights = dict(zip(MIXED_SALIENCIES, config.saliency_weights or (1, 1, 1), strict=True))
+        if "magnitude" in weights:
+            scores["magnitude"] = saliency.magnitude(self.space)
+        return saliency.mix(scores, weights, self.space.axis_kinds, self.space.axis_sizes)
 
     def _joint_step(self) -> None:
         period = self.schedule.pruning_period_at(self.step_count)
@@ -198,10 +206,8 @@ class QASSO(torch.optim.Optimizer):
 
     def _begin_period(self, index: int) -> None:
         count = self.schedule.redundant_count(index, self.groups_to_remove)
-        scores = saliency.magnitude(self.space) if self.config.saliency == "magnitude" else self.scores
-        scores = saliency.normalize_by_kind(scores, self.space.axis_kinds, self.space.axis_sizes)
         chosen = choose_least_salient(
-            scores,
+            self._ranking(),
             self.removed,
             count,
             self.space.axis_sizes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,21 @@ from hf_geta.optim.space import PruningSpace
 def magnitude(space: PruningSpace) -> Tensor:
     """Root of the summed squares of a group's entries, (num_groups,)."""
     return space.sum_per_group(lambda p: p.detach().float().square()).sqrt()
+
+
+# What accumulates over steps, from a step's <x, g> per group; "magnitude" is taken at the decision instead.
+OBSERVED: dict[str, Callable[[Tensor], Tensor]] = {"taylor": torch.abs, "fisher": torch.square}
+
+
+def observed_kinds(kind: str) -> list[str]:
+    """The kinds of scores that accumulate over steps for `saliency=kind`."""
+    return [name for name in OBSERVED if kind in (name, "mix")]
+
+
+def observe(first_order: Tensor, kinds: Sequence[str]) -> Tensor:
+    """What one step adds to the scores of each kind, (kinds, num_groups)."""
+    values = torch.stack([OBSERVED[kind](first_order) for kind in kinds])
+    return values.nan_to_num(0.0, 0.0, 0.0)  # a batch that overflowed says nothing
 
 
 def first_order(space: PruningSpace) -> Tensor:
@@ -31,6 +46,24 @@ def normalize_by_kind(scores: Tensor, kinds: Sequence[str], sizes: Sequence[int]
     total = scores.new_zeros(len(kind_of_axis)).index_add_(0, owner, scores)
     mean = total / torch.bincount(owner, minlength=len(kind_of_axis))
     return scores / mean.clamp_min(torch.finfo(scores.dtype).tiny)[owner]
+
+
+def mix(
+    scores: Mapping[str, Tensor], weights: Mapping[str, float], axis_kinds: Sequence[str], axis_sizes: Sequence[int]
+) -> Tensor:
+    """The mean of several scores, each normalized by kind of axis, so that none counts more for its unit.
+
+    Args:
+        scores: name -> (num_groups,).
+        weights: name -> part of the mean, 0 or more; they need not add up to 1.
+    """
+    total = sum(weights.values())
+    parts = [
+        weight / total * normalize_by_kind(scores[name], axis_kinds, axis_sizes)
+        for name, weight in weights.items()
+        if weight > 0
+    ]
+    return torch.stack(parts).sum(0)
 
 
 def removable_groups(size: int, min_groups: int, divisible: int) -> list[int]:

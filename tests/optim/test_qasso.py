@@ -67,7 +67,10 @@ def train(model, optimizer, steps):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("changes", [{}, {"granularity": "channel", "saliency": "fisher"}, {"saliency": "magnitude"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"granularity": "channel", "saliency": "fisher"}, {"saliency": "magnitude"}, {"saliency": "mix"}],
+)
 def test_every_width_stays_inside_its_bounds_and_exactly_the_asked_groups_go(name, changes):
     config = GETAConfig.from_dict(CONFIG.to_dict() | changes)
     model = prepared(config)
@@ -147,17 +150,27 @@ def test_warmup_is_the_base_optimizer_bit_for_bit():
             assert torch.equal(p, q), name
 
 
-@pytest.mark.parametrize("stop", [3, 10, 15, 21, 26, 36, 45])
-def test_a_resumed_run_equals_the_uninterrupted_run(stop):
+@pytest.mark.parametrize(
+    ("stop", "changes"),
+    [
+        *((stop, {}) for stop in (3, 10, 15, 21, 26, 36, 45)),
+        (26, {"saliency": "mix", "saliency_weights": [1, 2, 0.5]}),
+        (21, {"group_divisible": 5}),
+        (26, {"weight_bits": None, "activation_bits": None}),
+        (45, {"weight_bits": [2, 4, 8]}),
+    ],
+)
+def test_a_resumed_run_equals_the_uninterrupted_run(stop, changes):
     """Stops in every stage, inside a pruning period and on its border."""
-    model = prepared()
+    config = GETAConfig.from_dict(CONFIG.to_dict() | changes)
+    model = prepared(config)
     optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
     list(train(model, optimizer, range(stop)))
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     list(train(model, optimizer, range(stop, TOTAL_STEPS)))
 
-    resumed = prepared()
+    resumed = prepared(config)
     second = create_optimizer(resumed, OPTIMIZERS["adamw"](resumed.parameters()), TOTAL_STEPS)
     file.seek(0)
     state = torch.load(file, weights_only=True)
@@ -165,6 +178,17 @@ def test_a_resumed_run_equals_the_uninterrupted_run(stop):
     second.load_state_dict(state["optimizer"])
     list(train(resumed, second, range(stop, TOTAL_STEPS)))
     for (name, p), q in zip(model.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_a_mix_of_one_saliency_is_a_run_with_that_saliency():
+    models = []
+    for changes in ({"saliency": "fisher"}, {"saliency": "mix", "saliency_weights": [0, 0, 2]}):
+        model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | changes))
+        optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+        list(train(model, optimizer, range(TOTAL_STEPS)))
+        models.append(model)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p, q), name
 
 

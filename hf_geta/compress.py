@@ -134,7 +134,8 @@ def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps:
         )
     space = PruningSpace(axes, parameters)
     budget = _budget(model, axes, weights, activations)
-    return QASSO(base, preparation.config, total_steps, space, weights, activations, budget)
+    tensors = {name: parameters[name] for name in weights}
+    return QASSO(base, preparation.config, total_steps, space, weights, activations, tensors, budget)
 
 
 def _budget(

@@ -34,6 +34,7 @@ from hf_geta.compress import (
     prepare_model,
 )
 from hf_geta.config import GETAConfig
+from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.schedule import Schedule, Stage
 from hf_geta.randomness import preserved_rng
@@ -176,9 +177,9 @@ class GETATrainer(DistillingTrainer):
             logs["weight_bits"] = cost.mean_weight_bits
             logs["activation_bits"] = cost.mean_activation_bits
             logs["relative_bops"] = cost.relative_bops
-            if self.qasso.pricing is not None:
-                logs["price"] = self.qasso.pricing.price
-                logs["budget_gap"] = self.qasso.pricing.gap(self.qasso.removed)
+            if isinstance(pricing := self.qasso.targets, Pricing):
+                logs["price"] = pricing.price
+                logs["budget_gap"] = pricing.gap(self.qasso.removed)
         super().log(logs, start_time)
 
     @property

@@ -21,7 +21,7 @@ def layerwise(qadg: QADG, model: nn.Module) -> QADG:
     """`qadg` with an axis of rows for every linear layer and convolution, but those that make the model's outputs.
 
     Args:
-        qadg: the dependency graph of `model`; its operations are kept.
+        qadg: the dependency graph of `model`; its operations are kept, whole where they hold no weight.
     """
     outputs = {
         dimension
@@ -40,4 +40,5 @@ def layerwise(qadg: QADG, model: nn.Module) -> QADG:
         if layer.bias is not None:
             members.append(Member(name.removesuffix("weight") + "bias", 0, rows))
         axes.append(Axis(name.removesuffix(".weight") + ".rows", "row", len(rows), tuple(members)))
-    return dataclasses.replace(qadg, axes=tuple(axes), equations=(), can_be_cut=False)
+    operations = tuple(dataclasses.replace(operation, axes=()) for operation in qadg.operations)
+    return dataclasses.replace(qadg, axes=tuple(axes), operations=operations, equations=(), can_be_cut=False)

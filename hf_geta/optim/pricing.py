@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_geta.config import GETAConfig
+from hf_geta.optim import saliency
 from hf_geta.optim.budget import Allocation, Budget, Choices, allocate
 from hf_geta.optim.saliency import removable_groups
 from hf_geta.optim.space import PruningSpace
@@ -30,23 +32,23 @@ MEMORY = 0.5
 
 
 class Pricing:
-    """The price of a run with a budget, its ceilings of widths, and what they are decided from.
+    """The price of a run with a budget, and the groups and widths that follow from it.
 
     Args:
-        budget: the cost model and C*.
+        config: limits on groups, the number of pruning periods. Without the joint rule (an ablation) there is no common
+            price: groups pay for half of the way (of its logarithm) at full widths, then widths for the rest.
         space: the pruning groups.
         widths: all quantizers.
         allowed_bits: per quantizer the widths that it may end with, ascending.
-        periods: decisions that remove groups; the cost falls from one to the next by the same factor.
-        min_groups, group_divisible, most_removed: limits on groups.
-        independent: no common price: groups pay for half of the way (of its logarithm) at full widths, then widths for
-            the rest. For ablations.
+        budget: the cost model and C*.
 
     Attributes:
-        noise: (quantizers,) squared gradients of ln d times levels^2, summed over steps; a decision halves it.
+        scores: (num_groups,) <x, g>^2, summed over steps; a decision halves it.
+        noise: (quantizers,) squared gradients of ln d times levels^2, likewise.
         ceilings: (quantizers,) the widths that the last decision left, in bits; upper bounds while the run goes on.
         price: of the last move of the last decision: loss per cost, both as `allocate` counts them.
         cost: C that the last decision leads to.
+        groups_to_remove: groups chosen so far.
 
     Raises:
         ValueError: when no choice of groups and widths reaches the budget.
@@ -54,60 +56,60 @@ class Pricing:
 
     def __init__(
         self,
-        budget: Budget,
+        config: GETAConfig,
         space: PruningSpace,
         widths: WidthTable,
         allowed_bits: Sequence[Sequence[int]],
-        periods: int,
-        min_groups: int,
-        group_divisible: int,
-        most_removed: int,
-        independent: bool = False,
+        budget: Budget,
     ) -> None:
-        self.independent = independent
-        self.budget, self.space, self.widths, self.periods = budget, space, widths, periods
-        self.allowed_bits, self.most_removed = allowed_bits, most_removed
-        self.min_groups, self.group_divisible = min_groups, group_divisible
+        self.config, self.space, self.widths, self.allowed_bits = config, space, widths, allowed_bits
+        self.budget = budget
+        share = 1.0 if config.group_sparsity is None else config.group_sparsity
+        self.most_removed = round(share * space.num_groups)
+        self.groups_to_remove = 0
         self.signed = [quantizer.signed for quantizer in widths.quantizers]
+        self.scores = torch.zeros(space.num_groups, device=widths.signed.device)
         self.noise = torch.zeros_like(widths.signed)
-        self.ceilings = torch.tensor([bits[-1] for bits in allowed_bits], dtype=torch.float32).to(self.noise.device)
+        self.ceilings = torch.tensor([float(bits[-1]) for bits in allowed_bits]).to(self.noise.device)
         self.price, self.start = 0.0, self._cost_before()
         self.cost = self.start
         self._check_reachable()
 
     def observe(self) -> None:
-        """Add the present gradients of ln d to `noise`; no host sync."""
+        """Add what the present gradients say of groups and widths; no host sync."""
+        if self.most_removed:
+            self.scores += saliency.observe(saliency.first_order(self.space), ["fisher"])[0]
         power = torch.exp(2 * log_levels(self.widths.bits(), self.widths.signed))
         self.noise += (self.widths.step_size_gradients().square() * power).nan_to_num(0.0, 0.0, 0.0)
 
-    def decide(self, period: int, scores: Tensor, removed: Tensor) -> Tensor:
+    def decide(self, period: int, removed: Tensor) -> Tensor:
         """Flags of the groups to remove in `period`, (num_groups,) bool on the CPU; sets ceilings, price and cost.
 
         Args:
-            scores: (num_groups,) <x, g>^2, summed over the steps that `noise` is summed over; halved afterwards.
             removed: (num_groups,) bool, the groups that are gone already.
         """
-        share = (period + 1) / self.periods
-        target = self.start * (self.budget.target / self.start) ** share if self.start > self.budget.target else None
-        chosen = self._allocate(target, scores, removed, self.most_removed)
-        scores *= MEMORY
-        return chosen
+        left = 1 - (period + 1) / self.config.pruning_periods  # of the way from the start, in equal factors
+        target = self.budget.target * max(self.start / self.budget.target, 1.0) ** left
+        return self._allocate(target, removed, self.most_removed)
 
-    def settle(self, removed: Tensor) -> None:
-        """The widths of the whole budget, once no more groups go."""
-        self._allocate(None, torch.zeros(len(removed)), removed, int(removed.sum()))
+    def final_bits(self, removed: Tensor) -> Tensor:
+        """The widths, (quantizers,), that the whole budget leaves to the groups that are left."""
+        self._allocate(self.budget.target, removed, int(removed.sum()))
+        return self.ceilings
 
     def gap(self, removed: Tensor) -> float:
         """Present cost over C*, less 1: with the widths as they are and the groups flagged in `removed` gone."""
         counts = [int(gone.sum()) for gone in removed.cpu().split(self.space.axis_sizes)]
         return self.budget.cost(counts, self.widths.bits().tolist()) / self.budget.target - 1
 
-    def _allocate(self, target: float | None, scores: Tensor, removed: Tensor, most_removed: int) -> Tensor:
-        scores, removed = GROUP_FACTOR * scores.double().cpu(), removed.cpu()
-        budget = self.budget if target is None else dataclasses.replace(self.budget, target=target)
-        found = self._solve(budget, scores.tolist(), self.noise.double().tolist(), removed, most_removed)
+    def _allocate(self, target: float, removed: Tensor, most_removed: int) -> Tensor:
+        removed, rises = removed.cpu(), (GROUP_FACTOR * self.scores.double()).tolist()
+        budget = dataclasses.replace(self.budget, target=target)
+        found = self._solve(budget, rises, self.noise.double().tolist(), removed, most_removed)
         self.ceilings = torch.tensor(found.bits, dtype=torch.float32).to(self.ceilings.device)
         self.price, self.cost = found.price, found.cost
+        self.groups_to_remove = int(removed.sum()) + len(found.groups)
+        self.scores *= MEMORY
         self.noise *= MEMORY
         chosen = torch.zeros_like(removed)
         chosen[list(found.groups)] = True
@@ -122,7 +124,7 @@ class Pricing:
             widths=self.allowed_bits,
             most_removed=most_removed,
         )
-        if not self.independent or most_removed == sum(choices.removed):
+        if "joint_rule" not in self.config.without or most_removed == sum(choices.removed):
             return allocate(budget, choices, rises, noise, self.signed)
         half = dataclasses.replace(budget, target=(self.start * budget.target) ** 0.5)
         at_full_width = dataclasses.replace(choices, widths=[bits[-1:] for bits in self.allowed_bits])
@@ -139,7 +141,7 @@ class Pricing:
         for size in self.space.axis_sizes:
             alive = (~removed[offset : offset + size]).nonzero().squeeze(1) + offset
             order = alive[torch.argsort(scores[alive], stable=True)].tolist()
-            ends = itertools.accumulate(removable_groups(size, self.min_groups, self.group_divisible))
+            ends = itertools.accumulate(removable_groups(size, self.config.min_groups, self.config.group_divisible))
             left = [end - size + len(order) for end in ends]  # of the blocks, less what is gone
             starts = [0, *(end for end in left if end > 0)]
             axes.append([order[start:end] for start, end in itertools.pairwise(starts)])
@@ -163,11 +165,10 @@ class Pricing:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"noise": self.noise, "ceilings": self.ceilings, "price": self.price, "cost": self.cost}
+        names = ("scores", "noise", "ceilings", "price", "cost", "groups_to_remove")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        device = self.noise.device
-        self.noise = state["noise"].to(device, copy=True)
-        self.ceilings = state["ceilings"].to(device, copy=True)
-        self.price, self.cost = float(state["price"]), float(state["cost"])
+        for name, value in state.items():
+            setattr(self, name, value.to(self.noise.device, copy=True) if isinstance(value, Tensor) else value)

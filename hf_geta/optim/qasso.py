@@ -3,10 +3,13 @@
 The base optimizer computes its own step, with its schedule, clipping and decay; QASSO adds one rule per stage:
 
     warm-up      nothing: the base optimizer, bit for bit
-    projection   d moves so that every width lies in [b_l, b_u]; b_u falls to its target (nothing without quantizers)
+    projection   d moves so that every width lies in [b_l, b_u]; b_u falls to its target
     joint        per period, the least salient groups become redundant: their entries are forgotten,
                  x <- x - gamma Q(x), and are exactly zero from the period's end on
-    cool-down    widths moved once to the nearest allowed ones and fixed; everything else trains on
+    cool-down    widths moved once to allowed ones and fixed; everything else trains on
+
+Which groups become redundant and which widths are fixed is decided by a `Share` (exactly K groups) or, with a budget,
+by a `Pricing` (as many groups and bits as one price leaves).
 """
 
 from __future__ import annotations
@@ -19,18 +22,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_geta.config import GETAConfig
-from hf_geta.optim import saliency
 from hf_geta.optim.budget import Budget
+from hf_geta.optim.clips import move_clips_
 from hf_geta.optim.joint import forget_rate, joint_step_size
 from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.redundant import RedundantEntries
 from hf_geta.optim.schedule import Schedule, Stage
+from hf_geta.optim.share import Share
 from hf_geta.optim.space import PruningSpace
-from hf_geta.optim.widths import WidthTable, nearest_allowed
+from hf_geta.optim.widths import WidthTable
+from hf_geta.optim.wrapper import OptimizerWrapper
 from hf_geta.quantization.quantizers import Quantizer
 
 
-class QASSO(torch.optim.Optimizer):
+class QASSO(OptimizerWrapper):
     """A torch optimizer that also prunes groups and projects bit widths.
 
     Args:
@@ -42,10 +47,12 @@ class QASSO(torch.optim.Optimizer):
         space: the model's pruning groups.
         weight_quantizers: parameter name -> quantizer of that weight.
         input_quantizers: quantizers of activations.
+        weights: parameter name -> the weight, for the names in `weight_quantizers`.
         budget: the cost to end at or below, if a price decides instead of `config.group_sparsity`.
 
     Raises:
-        ValueError: when the stages do not fit `total_steps` or more groups are asked for than may go.
+        ValueError: when the stages do not fit `total_steps`, more groups are asked for than may go, or the budget is
+            out of reach.
 
     Source: Qu et al., CVPR 2025, arXiv 2502.16638, Sec. 5.
     """
@@ -58,39 +65,39 @@ class QASSO(torch.optim.Optimizer):
         space: PruningSpace,
         weight_quantizers: Mapping[str, Quantizer],
         input_quantizers: Sequence[Quantizer] = (),
+        weights: Mapping[str, Tensor] | None = None,
         budget: Budget | None = None,
     ) -> None:
         self.config = config
         self.schedule = Schedule.from_config(config, total_steps)
         self.space = space
-        weights = list({id(q): q for q in weight_quantizers.values()}.values())
-        quantizers = [*weights, *input_quantizers]
+        quantizers, rows, self.is_weight = _number(weight_quantizers, input_quantizers)
         self.widths = WidthTable(quantizers, next((p.device for p in space.parameters), None))
-        self.is_weight = torch.tensor([True] * len(weights) + [False] * len(input_quantizers))
-        rows = {id(q): row for row, q in enumerate(quantizers)}
-        self.quantizer_rows = [
-            rows.get(id(weight_quantizers.get(name)), -1) for name in space.parameter_names
-        ]  # one per parameter of the space
-        # K; with a budget, as many as the price has chosen so far
-        self.groups_to_remove = 0 if budget else _groups_to_remove(config, space)
-        if isinstance(base, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS takes several steps in one and cannot be followed by a rule: use another optimizer."
-            )
-        self.base = base
+        # one row per parameter of the space, -1 without a quantizer
+        self.quantizer_rows = [rows.get(id(weight_quantizers.get(name)), -1) for name in space.parameter_names]
+        self.weights: list[Tensor | None] = [None] * len(quantizers)  # of each quantizer; None for those of inputs
+        for name, weight in (weights or {}).items():
+            self.weights[rows[id(weight_quantizers[name])]] = weight
         _separate_quantizer_parameters_(base, quantizers, config.quantizer_learning_rate)
-        super().__init__(base.param_groups, base.defaults)
-        self._link_to_base()
+        super().__init__(base)
         self.step_count = 0
         device = self.widths.signed.device
         self.is_weight = self.is_weight.to(device)
         space.to(device)
-        self.scores = torch.zeros(space.num_groups, device=device)
         self.removed = torch.zeros(space.num_groups, dtype=torch.bool, device=device)  # exactly zero by now
         self.redundant = torch.zeros_like(self.removed)  # being forgotten in the present period
         self.final_bits: Tensor | None = None
-        self.pricing = None if budget is None else self._make_pricing(budget)
+        self.targets: Share | Pricing
+        if budget is None:
+            self.targets = Share(config, self.schedule, space, self.widths, self._allowed_bits())
+        else:
+            self.targets = Pricing(config, space, self.widths, self._allowed_bits(), budget)
         self._cache_index_sets()
+
+    @property
+    def groups_to_remove(self) -> int:
+        """K; with a budget, as many as the price has chosen so far."""
+        return self.targets.groups_to_remove
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -103,9 +110,7 @@ class QASSO(torch.optim.Optimizer):
         if stage is Stage.WARMUP:
             self.base.step()
         elif stage is Stage.PROJECTION:
-            self._observe_saliency()
-            self.base.step()
-            self.widths.project_(*self.width_bounds())
+            self._projection_step()
         elif stage is Stage.JOINT:
             self._joint_step()
         else:
@@ -117,51 +122,47 @@ class QASSO(torch.optim.Optimizer):
         """(lower, upper) in force after the present step, in bits, (quantizers,) each."""
         if self.final_bits is not None:
             return self.final_bits, self.final_bits
-        if self.config.weight_bits is None:
-            return self.widths.signed, self.widths.signed  # empty
-        weight_bits = self.config.allowed_bits("weight_bits") or ()
+        weight_bits = self.config.allowed_bits("weight_bits") or (0,)
         input_bits = self.config.allowed_bits("activation_bits") or weight_bits
+        at = self.schedule.upper_bits_at
         lower = self._per_quantizer(float(weight_bits[0]), float(input_bits[0]))
         upper = self._per_quantizer(
-            float(self.schedule.upper_bits_at(self.step_count, weight_bits[-1])),
-            float(self.schedule.upper_bits_at(self.step_count, input_bits[-1])),
+            float(at(self.step_count, weight_bits[-1])), float(at(self.step_count, input_bits[-1]))
         )
-        return lower, upper if self.pricing is None else upper.minimum(self.pricing.ceilings)
-
-    def _make_pricing(self, budget: Budget) -> Pricing:
-        config = self.config
-        allowed = [
-            config.allowed_bits("weight_bits" if is_weight else "activation_bits") for is_weight in self.is_weight
-        ]
-        share = 1.0 if config.group_sparsity is None else config.group_sparsity
-        return Pricing(
-            budget,
-            self.space,
-            self.widths,
-            [bits or () for bits in allowed],
-            self.schedule.pruning_periods,
-            config.min_groups,
-            config.group_divisible,
-            most_removed=round(share * self.space.num_groups),
-            independent="joint_rule" in config.without,
-        )
+        return lower, upper if self.targets.ceilings is None else upper.minimum(self.targets.ceilings)
 
     def _per_quantizer(self, weight: float, activation: float) -> Tensor:
         values = torch.full_like(self.widths.signed, activation)
         return values.masked_fill_(self.is_weight, weight)
 
-    def _observe_saliency(self) -> None:
-        if self.pricing is not None:
-            self.pricing.observe()
-        elif self.config.saliency == "magnitude" or not self.groups_to_remove:
-            return
-        first_order = saliency.first_order(self.space)
-        observed = first_order.abs() if self.config.saliency == "taylor" else first_order.square()
-        self.scores += observed.nan_to_num(0.0, 0.0, 0.0)  # a batch that overflowed says nothing
+    def _allowed_bits(self) -> list[Sequence[int]]:
+        """Per quantizer, the widths that it may end with, ascending."""
+        weight_bits = self.config.allowed_bits("weight_bits") or ()
+        input_bits = self.config.allowed_bits("activation_bits") or ()
+        return [weight_bits if weight is not None else input_bits for weight in self.weights]
+
+    def _projection_step(self) -> None:
+        self.targets.observe()
+        bounds = self.width_bounds()
+        if self._bounds_move():
+            self._move_widths_(*bounds)
+        self.base.step()
+        self.widths.project_(*bounds)
+
+    def _bounds_move(self) -> bool:
+        """Whether the schedule moves a bound in this step."""
+        bits = {bits[-1] for bits in self._allowed_bits()}
+        at = self.schedule.upper_bits_at
+        return any(at(self.step_count, upper) != at(self.step_count - 1, upper) for upper in bits)
+
+    def _move_widths_(self, lower: Tensor, upper: Tensor) -> None:
+        """Into new bounds, clips and all."""
+        move_clips_(self.widths, self.weights, lower, upper)
+        self.widths.project_(lower, upper)
 
     def _joint_step(self) -> None:
         period = self.schedule.pruning_period_at(self.step_count)
-        self._observe_saliency()
+        self.targets.observe()
         if period.is_first_step:
             self._begin_period(period.index)
         if self._entries is None:
@@ -172,6 +173,13 @@ class QASSO(torch.optim.Optimizer):
         self._zero_removed()
         if period.is_last_step:
             self._end_period()
+
+    def _begin_period(self, index: int) -> None:
+        self.redundant = _agreed(self.targets.decide(index, self.removed).to(self.removed.device))
+        if self.targets.ceilings is not None:
+            self.targets.ceilings = _agreed(self.targets.ceilings)
+            self._move_widths_(self.targets.ceilings, self.targets.ceilings)  # wider ones, too
+        self._cache_index_sets()
 
     def _base_step_and_forget(self, entries: RedundantEntries, left_steps: int) -> None:
         """The base step; then x <- x - gamma (c + d r) on the redundant entries, with gamma and d as of `joint`."""
@@ -224,28 +232,6 @@ class QASSO(torch.optim.Optimizer):
         gamma[segments], step_size[segments] = quantized_gamma, quantized_step_size
         return gamma, step_size
 
-    def _begin_period(self, index: int) -> None:
-        if self.pricing is not None:
-            self.redundant = _agreed(self.pricing.decide(index, self.scores, self.removed).to(self.removed.device))
-            self.pricing.ceilings = _agreed(self.pricing.ceilings)
-            self.groups_to_remove = int(self.redundant.sum() + self.removed.sum())
-            self._cache_index_sets()
-            return
-        count = self.schedule.redundant_count(index, self.groups_to_remove)
-        scores = saliency.magnitude(self.space) if self.config.saliency == "magnitude" else self.scores
-        scores = saliency.normalize_by_kind(scores, self.space.axis_kinds, self.space.axis_sizes)
-        chosen = saliency.choose_least_salient(
-            scores,
-            self.removed,
-            count,
-            self.space.axis_sizes,
-            self.config.min_groups,
-            self.config.group_divisible,
-        )
-        self.redundant = _agreed(chosen.to(self.removed.device))
-        self.scores.zero_()
-        self._cache_index_sets()
-
     def _end_period(self) -> None:
         self.removed |= self.redundant
         self.redundant = torch.zeros_like(self.removed)
@@ -253,23 +239,14 @@ class QASSO(torch.optim.Optimizer):
         self._zero_removed()
 
     def _cooldown_step(self) -> None:
-        if self.final_bits is None and self.pricing is not None:
-            self.pricing.observe()
-            self.pricing.settle(self.removed)
-            self.final_bits = _agreed(self.pricing.ceilings)
-        elif self.final_bits is None:
-            self.final_bits = self._nearest_allowed()
+        if self.final_bits is None:
+            self.targets.observe()
+            self.final_bits = _agreed(self.targets.final_bits(self.removed))
+            self._move_widths_(self.final_bits, self.final_bits)
         self.widths.fold_step_size_gradients_()
         self.base.step()
         self.widths.project_(self.final_bits, self.final_bits)
         self._zero_removed()
-
-    def _nearest_allowed(self) -> Tensor:
-        """The allowed width nearest to each quantizer's own, (quantizers,)."""
-        bits, allowed = self.widths.bits(), self.config.allowed_bits
-        weights = nearest_allowed(bits, allowed("weight_bits"))
-        inputs = nearest_allowed(bits, allowed("activation_bits") or allowed("weight_bits"))
-        return weights.where(self.is_weight, inputs)
 
     def _zero_removed(self) -> None:
         for parameter, dim, positions in self._removed_positions:
@@ -280,19 +257,17 @@ class QASSO(torch.optim.Optimizer):
         self._removed_positions = self.space.owned_positions(self.removed)
         self._entries = RedundantEntries.build(self.space, self.redundant, self.widths, self.quantizer_rows)
 
-    # -- what torch, accelerate and Trainer expect of an optimizer ------------------------------------------------
-
-    def _link_to_base(self) -> None:
-        self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
-
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and, under "qasso", the step, the groups and the fixed widths."""
-        own = {"step": self.step_count, "scores": self.scores, "removed": self.removed, "redundant": self.redundant}
+        """The base optimizer's state and, under "qasso", the step, the groups, the targets and the fixed widths."""
+        own = {
+            "step": self.step_count,
+            "removed": self.removed,
+            "redundant": self.redundant,
+            "targets": self.targets.state_dict(),
+        }
         if self.final_bits is not None:
             own["final_bits"] = self.final_bits
-        if self.pricing is not None:
-            own |= {"groups_to_remove": self.groups_to_remove, "pricing": self.pricing.state_dict()}
-        return {**self.base.state_dict(), "qasso": own}
+        return {**super().state_dict(), "qasso": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -308,36 +283,24 @@ class QASSO(torch.optim.Optimizer):
                 f"this optimizer state has {len(own['removed'])} pruning groups, the model has {len(self.removed)}: "
                 "resume with the model and the configuration that the run began with."
             )
-        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "qasso"})
-        self._link_to_base()
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "qasso"})
         device = self.removed.device
         self.step_count = int(own["step"])
-        self.scores = own["scores"].to(device, copy=True)
         self.removed = own["removed"].to(device, copy=True)
         self.redundant = own["redundant"].to(device, copy=True)
         self.final_bits = own["final_bits"].to(device, copy=True) if "final_bits" in own else None
-        if self.pricing is not None:
-            self.groups_to_remove = own["groups_to_remove"]
-            self.pricing.load_state_dict(own["pricing"])
+        self.targets.load_state_dict(own["targets"])
         self._cache_index_sets()
 
-    def train(self) -> None:
-        """For base optimizers with a mode (schedule-free ones)."""
-        if hasattr(self.base, "train"):
-            self.base.train()
 
-    def eval(self) -> None:
-        """For base optimizers with a mode (schedule-free ones)."""
-        if hasattr(self.base, "eval"):
-            self.base.eval()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer."""
-        # torch.optim.Optimizer.__init__ hands over those that are there; by identity, since == would compare tensors
-        if any(param_group is group for group in self.base.param_groups):
-            self.param_groups.append(param_group)
-            return
-        self.base.add_param_group(param_group)
+def _number(
+    weight_quantizers: Mapping[str, Quantizer], input_quantizers: Sequence[Quantizer]
+) -> tuple[list[Quantizer], dict[int, int], Tensor]:
+    """(the quantizers, each once and those of weights first; id -> row; which rows are of weights)."""
+    weights = list({id(quantizer): quantizer for quantizer in weight_quantizers.values()}.values())
+    quantizers = [*weights, *input_quantizers]
+    is_weight = torch.tensor([True] * len(weights) + [False] * len(input_quantizers), dtype=torch.bool)
+    return quantizers, {id(quantizer): row for row, quantizer in enumerate(quantizers)}, is_weight
 
 
 def _agreed(values: Tensor) -> Tensor:
@@ -347,20 +310,6 @@ def _agreed(values: Tensor) -> Tensor:
     message = values.to(torch.uint8)  # flags, or whole widths
     dist.broadcast(message, src=0)
     return message.to(values.dtype)
-
-
-def _groups_to_remove(config: GETAConfig, space: PruningSpace) -> int:
-    """K = round(group_sparsity x groups)."""
-    count = round((config.group_sparsity or 0.0) * space.num_groups)
-    blocks = [saliency.removable_groups(size, config.min_groups, config.group_divisible) for size in space.axis_sizes]
-    most = sum(map(sum, blocks))
-    if count > most:
-        raise ValueError(
-            f"group_sparsity={config.group_sparsity} asks for {count} of {space.num_groups} groups, but "
-            f"min_groups={config.min_groups} and group_divisible={config.group_divisible} let at most {most} go: "
-            f"lower group_sparsity to {most / max(space.num_groups, 1):.3f} or relax them."
-        )
-    return count
 
 
 def _separate_quantizer_parameters_(base: torch.optim.Optimizer, quantizers: Sequence[Quantizer], lr: float) -> None:

@@ -1,8 +1,8 @@
-"""Which groups matter least? Scores per group and the choice among them. Pure."""
+"""Which groups matter least? Scores per group, and how they rank together. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,21 @@ from hf_geta.optim.space import PruningSpace
 def magnitude(space: PruningSpace) -> Tensor:
     """Root of the summed squares of a group's entries, (num_groups,)."""
     return space.sum_per_group(lambda p: p.detach().float().square()).sqrt()
+
+
+# What accumulates over steps, from a step's <x, g> per group; "magnitude" is taken at the decision instead.
+OBSERVED: dict[str, Callable[[Tensor], Tensor]] = {"taylor": torch.abs, "fisher": torch.square}
+
+
+def observed_kinds(kind: str) -> list[str]:
+    """The kinds of scores that accumulate over steps for `saliency=kind`."""
+    return [name for name in OBSERVED if kind in (name, "mix")]
+
+
+def observe(first_order: Tensor, kinds: Sequence[str]) -> Tensor:
+    """What one step adds to the scores of each kind, (kinds, num_groups)."""
+    values = torch.stack([OBSERVED[kind](first_order) for kind in kinds])
+    return values.nan_to_num(0.0, 0.0, 0.0)  # a batch that overflowed says nothing
 
 
 def first_order(space: PruningSpace) -> Tensor:
@@ -33,6 +48,24 @@ def normalize_by_kind(scores: Tensor, kinds: Sequence[str], sizes: Sequence[int]
     return scores / mean.clamp_min(torch.finfo(scores.dtype).tiny)[owner]
 
 
+def mix(
+    scores: Mapping[str, Tensor], weights: Mapping[str, float], axis_kinds: Sequence[str], axis_sizes: Sequence[int]
+) -> Tensor:
+    """The mean of several scores, each normalized by kind of axis, so that none counts more for its unit.
+
+    Args:
+        scores: name -> (num_groups,).
+        weights: name -> part of the mean, 0 or more; they need not add up to 1.
+    """
+    total = sum(weights.values())
+    parts = [
+        weight / total * normalize_by_kind(scores[name], axis_kinds, axis_sizes)
+        for name, weight in weights.items()
+        if weight > 0
+    ]
+    return torch.stack(parts).sum(0)
+
+
 def removable_groups(size: int, min_groups: int, divisible: int) -> list[int]:
     """Sizes of the blocks in which an axis of `size` groups may shrink, in order.
 
@@ -48,47 +81,3 @@ def removable_groups(size: int, min_groups: int, divisible: int) -> list[int]:
             return blocks
         blocks.append(step)
         left -= step
-
-
-def choose_least_salient(
-    scores: Tensor, removed: Tensor, count: int, sizes: Sequence[int], min_groups: int = 1, divisible: int = 1
-) -> Tensor:
-    """Flags of the groups to remove next: the least salient, until `count` are gone in all.
-
-    Args:
-        scores: (num_groups,) saliency.
-        removed: (num_groups,) bool, the groups that are gone already.
-        count: groups gone afterwards, those in `removed` included. With `divisible` > 1 whole blocks go, so the
-            result may stay up to one block short of it.
-        sizes: groups per axis.
-
-    Returns:
-        (num_groups,) bool on the CPU, disjoint from `removed`. Ties go to the lower group number.
-    """
-    scores, removed = scores.detach().double().cpu(), removed.cpu()
-    blocks: list[tuple[float, int, list[int]]] = []  # (mean score, first group, groups)
-    offset = 0
-    for size in sizes:
-        gone = removed[offset : offset + size]
-        alive = (~gone).nonzero().squeeze(1) + offset
-        order = alive[torch.argsort(scores[alive], stable=True)]
-        shrinks = removable_groups(size, min_groups, divisible)
-        start, skip = 0, int(gone.sum())
-        for block in shrinks:
-            if skip >= block:  # removed in an earlier period
-                skip -= block
-                continue
-            groups = order[start : start + block].tolist()
-            blocks.append((float(scores[groups].mean()), groups[0], groups))
-            start += block
-        offset += size
-    chosen = torch.zeros_like(removed)
-    left = count - int(removed.sum())
-    for _, _, groups in sorted(blocks, key=lambda block: block[:2]):
-        if len(groups) > left:
-            if divisible == 1:
-                break
-            continue
-        chosen[groups] = True
-        left -= len(groups)
-    return chosen

@@ -90,6 +90,11 @@ class WidthTable:
         if self.quantizers:
             torch._foreach_copy_([p.detach() for p in self.log_step_sizes], list(values.unbind()))
 
+    def shift_log_clip_max_(self, shifts: Sequence[Tensor]) -> None:
+        """Add to every ln q_m, one number each."""
+        if self.quantizers:
+            torch._foreach_add_([p.detach() for p in self.log_clip_maxes], list(shifts))
+
     def step_size_gradients(self) -> Tensor:
         """The gradients of ln d, (quantizers,); 0 where there is none."""
         return self._stack(_gradients(self.log_step_sizes))

@@ -11,47 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_geta.quantization.histogram import MagnitudeHistogram
 from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
 
 logger = logging.getLogger(__name__)
-
-OCTAVES, BINS_PER_OCTAVE = 24, 16  # |x| from 2^-24 to 2^24, each bin 4 % wide
-
-
-class InputStatistics:
-    """A histogram of log2 |x| with fixed bins, so that batches and processes add up; and the extremes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.counts = torch.zeros(2 * OCTAVES * BINS_PER_OCTAVE, device=device)
-        self.extremes = torch.tensor([-torch.inf, 0.0], device=device)  # -min x, max |x|
-
-    def add(self, x: Tensor) -> None:
-        """Counts one batch; NaN and infinity stay visible in `extremes`."""
-        x = x.detach().float()
-        magnitude = x.abs()
-        self.extremes = torch.maximum(self.extremes, torch.stack([-x.amin(), magnitude.amax()]))
-        log = magnitude.clamp_(2.0**-OCTAVES, 2.0**OCTAVES).log2_()
-        self.counts += torch.histc(log, len(self.counts), -OCTAVES, OCTAVES)
-
-    @property
-    def signed(self) -> bool:
-        return bool(self.extremes[0] > 0)
-
-    def clip_max(self, bits: float) -> Tensor:
-        """The q_m with the least squared error at `bits`, among the bin edges and max|x|: what lies beyond counts
-        with its distance, what lies below with the d^2 / 12 of rounding (at most x^2: it then rounds to zero).
-
-        Few huge inputs that carry the function keep the clip high; a thin tail does not. 1 if all inputs are zero.
-        """
-        edges = 2 ** torch.linspace(-OCTAVES, OCTAVES, len(self.counts) + 1, device=self.counts.device)[1:]
-        values = edges * 2 ** (-0.5 / BINS_PER_OCTAVE)
-        clips = torch.minimum(edges, self.extremes[1])[:, None]  # (clips, 1)
-        step_sizes = clips / (2 ** (bits - self.signed) - 1)
-        beyond = (values - clips).clamp(min=0) ** 2
-        within = torch.minimum(values**2, step_sizes**2 / 12)
-        error = torch.where(values > clips, beyond, within) @ self.counts
-        return torch.where(self.extremes[1] > 0, clips[error.argmin(), 0], 1.0)
 
 
 def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16, clip_bits: float = 8) -> list[str]:
@@ -68,7 +32,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16, clip_
         ValueError: if `batches` is empty, or if a layer's input is NaN or infinite (naming the first such layer).
     """
     layers = {name: layer for name, layer in quantized_layers(model).items() if layer.input_quantizer is not None}
-    statistics: dict[str, InputStatistics] = {}
+    statistics: dict[str, MagnitudeHistogram] = {}
     with _float_run(model, layers), contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
             handle = layer.register_forward_pre_hook(_observer(name, statistics), with_kwargs=True)
@@ -83,13 +47,14 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16, clip_
         if layer.input_quantizer is not None and name in statistics:
             clip_max = statistics[name].clip_max(clip_bits)
             layer.input_quantizer.set_range_(clip_max, bits, statistics[name].signed)
+            layer.input_quantizer.log_clips = statistics[name].log_clips()
         else:
             layer.input_quantizer = None
             logger.warning("%s: no calibration batch reached this layer; its input stays in float", name)
     return [name for name in layers if name in statistics]
 
 
-def _observer(name: str, statistics: dict[str, InputStatistics]) -> Any:
+def _observer(name: str, statistics: dict[str, MagnitudeHistogram]) -> Any:
     def observe(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         if x.numel() == 0:
@@ -99,7 +64,7 @@ def _observer(name: str, statistics: dict[str, InputStatistics]) -> Any:
                 f"calibration: the input of {name} contains NaN or infinite values; "
                 "check the batches (their normalization) and the weights of the layers before it."
             )
-        statistics.setdefault(name, InputStatistics(x.device)).add(x)
+        statistics.setdefault(name, MagnitudeHistogram(x.device)).add(x)
 
     return observe
 
@@ -148,12 +113,12 @@ def _is_fresh(norm: nn.modules.batchnorm._BatchNorm) -> bool:
     return norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0
 
 
-def _reduce(statistics: dict[str, InputStatistics], layers: Mapping[str, QuantizedLayer]) -> None:
+def _reduce(statistics: dict[str, MagnitudeHistogram], layers: Mapping[str, QuantizedLayer]) -> None:
     """Adds up the processes of a distributed run, so that all choose the same grids."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     for name, layer in layers.items():
-        own = statistics.get(name) or InputStatistics(layer.weight.device)
+        own = statistics.get(name) or MagnitudeHistogram(layer.weight.device)
         torch.distributed.all_reduce(own.counts)
         torch.distributed.all_reduce(own.extremes, torch.distributed.ReduceOp.MAX)
         if own.counts.sum() > 0:

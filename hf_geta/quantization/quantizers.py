@@ -28,6 +28,7 @@ class Quantizer(nn.Module):
     log_clip_max: nn.Parameter
     log_exponent: nn.Parameter | None
     log_channel_scale: nn.Parameter | None
+    log_clips: Tensor | None  # ln of the least-squares clip by width, (MAX_BITS + 1,); of inputs, from calibration
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class Quantizer(nn.Module):
         for name, shape in shapes.items():
             zeros = None if shape is None else nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
             self.register_parameter(name, zeros)
+        self.register_buffer("log_clips", None)
         with torch.no_grad():
             self.set_bits_(16)
 

@@ -36,7 +36,7 @@ def test_the_budgets_cost_is_that_of_the_report(seed):
     bits = torch.tensor([float(rng.randint(2, 8)) for _ in optimizer.widths.quantizers])
     qadg.zero_(model, removed)
     optimizer.widths.project_(bits, bits)
-    cost = optimizer.pricing.budget.cost(axis_counts(qadg, removed), bits.tolist())
+    cost = optimizer.targets.budget.cost(axis_counts(qadg, removed), bits.tolist())
     # widths are read back from float32 logarithms
     assert cost == pytest.approx(measure_compression(model).relative_bops, rel=1e-4)
 
@@ -66,13 +66,13 @@ def test_a_run_ends_at_its_budget_within_one_move_with_every_width_in_range_at_e
             assert bits.max() <= 8 + 1e-4
     cost = measure_compression(model)
     assert cost.relative_bops <= config.target_bops * (1 + 1e-6)
-    assert optimizer.pricing.cost == pytest.approx(cost.relative_bops, rel=1e-6)
+    assert optimizer.targets.cost == pytest.approx(cost.relative_bops, rel=1e-6)
     assert int(optimizer.removed.sum()) == optimizer.groups_to_remove
     if config.group_sparsity is not None:
         assert cost.group_sparsity <= config.group_sparsity + 1e-9
-    budget, removed = optimizer.pricing.budget, axis_counts(model.geta.qadg, model.geta.qadg.zero_groups(model))
+    budget, removed = optimizer.targets.budget, axis_counts(model.geta.qadg, model.geta.qadg.zero_groups(model))
     final = [] if optimizer.final_bits is None else [int(b) for b in optimizer.final_bits]
-    for row, allowed in enumerate(optimizer.pricing.allowed_bits):  # no width can be raised
+    for row, allowed in enumerate(optimizer.targets.allowed_bits):  # no width can be raised
         assert final[row] in allowed
         if final[row] < allowed[-1]:
             wider = list(final)
@@ -88,7 +88,7 @@ def test_the_weight_file_is_not_larger_than_its_budget(granularity, tmp_path):
     list(train(model, optimizer, range(TOTAL_STEPS)))
     finalize_model(model).save_pretrained(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
-    entries = len(optimizer.pricing.budget.terms) * 128  # what the header may take less than was put by for it
+    entries = len(optimizer.targets.budget.terms) * 128  # what the header may take less than was put by for it
     assert dense * 3 // 4 - entries - dense // 20 < size <= dense * 3 // 4
 
 
@@ -107,7 +107,7 @@ def test_a_resumed_run_has_the_widths_and_groups_of_the_uninterrupted_one(stop):
     list(train(resumed, second, range(stop, TOTAL_STEPS)))
     assert torch.equal(optimizer.final_bits, second.final_bits)
     assert torch.equal(optimizer.removed, second.removed)
-    assert optimizer.pricing.price == second.pricing.price > 0
+    assert optimizer.targets.price == second.targets.price > 0
     for (name, p), q in zip(model.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q), name
 
@@ -117,15 +117,16 @@ def observed(config):
     model, optimizer = started(config)
     first = optimizer.schedule.warmup_steps + optimizer.schedule.projection_steps
     list(train(model, optimizer, range(first)))
-    return optimizer.pricing, optimizer.scores.clone(), optimizer.pricing.noise.clone()
+    return optimizer.targets, optimizer.targets.scores.clone(), optimizer.targets.noise.clone()
 
 
 def decide(pricing, scores, noise, removed=None, allowed=None):
     """Groups chosen, (num_groups,), and widths, for the whole budget at once."""
-    pricing.noise, pricing.periods = noise.clone(), 1
+    pricing.noise, pricing.scores = noise.clone(), scores.clone()
+    pricing.config = dataclasses.replace(pricing.config, pruning_periods=1)
     pricing.allowed_bits = allowed or pricing.allowed_bits
     removed = torch.zeros(len(scores), dtype=torch.bool) if removed is None else removed
-    return pricing.decide(0, scores, removed), pricing.ceilings
+    return pricing.decide(0, removed), pricing.ceilings
 
 
 def hidden_axis(pricing):

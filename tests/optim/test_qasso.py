@@ -67,7 +67,10 @@ def train(model, optimizer, steps):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("changes", [{}, {"granularity": "channel", "saliency": "fisher"}, {"saliency": "magnitude"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"granularity": "channel", "saliency": "fisher"}, {"saliency": "magnitude"}, {"saliency": "mix"}],
+)
 def test_every_width_stays_inside_its_bounds_and_exactly_the_asked_groups_go(name, changes):
     config = GETAConfig.from_dict(CONFIG.to_dict() | changes)
     model = prepared(config)
@@ -147,17 +150,27 @@ def test_warmup_is_the_base_optimizer_bit_for_bit():
             assert torch.equal(p, q), name
 
 
-@pytest.mark.parametrize("stop", [3, 10, 15, 21, 26, 36, 45])
-def test_a_resumed_run_equals_the_uninterrupted_run(stop):
+@pytest.mark.parametrize(
+    ("stop", "changes"),
+    [
+        *((stop, {}) for stop in (3, 10, 15, 21, 26, 36, 45)),
+        (26, {"saliency": "mix", "saliency_weights": [1, 2, 0.5]}),
+        (21, {"group_divisible": 5}),
+        (26, {"weight_bits": None, "activation_bits": None}),
+        (45, {"weight_bits": [2, 4, 8]}),
+    ],
+)
+def test_a_resumed_run_equals_the_uninterrupted_run(stop, changes):
     """Stops in every stage, inside a pruning period and on its border."""
-    model = prepared()
+    config = GETAConfig.from_dict(CONFIG.to_dict() | changes)
+    model = prepared(config)
     optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
     list(train(model, optimizer, range(stop)))
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     list(train(model, optimizer, range(stop, TOTAL_STEPS)))
 
-    resumed = prepared()
+    resumed = prepared(config)
     second = create_optimizer(resumed, OPTIMIZERS["adamw"](resumed.parameters()), TOTAL_STEPS)
     file.seek(0)
     state = torch.load(file, weights_only=True)
@@ -165,6 +178,17 @@ def test_a_resumed_run_equals_the_uninterrupted_run(stop):
     second.load_state_dict(state["optimizer"])
     list(train(resumed, second, range(stop, TOTAL_STEPS)))
     for (name, p), q in zip(model.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_a_mix_of_one_saliency_is_a_run_with_that_saliency():
+    models = []
+    for changes in ({"saliency": "fisher"}, {"saliency": "mix", "saliency_weights": [0, 0, 2]}):
+        model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | changes))
+        optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+        list(train(model, optimizer, range(TOTAL_STEPS)))
+        models.append(model)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p, q), name
 
 
@@ -339,6 +363,32 @@ def test_a_batch_that_does_not_fit_leaves_the_model_as_it_came():
         with pytest.raises(ValueError, match="9|NaN"):
             prepare_model(model, CONFIG, good, [bad])
     prepare_model(model, CONFIG, good)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.6])
+def test_with_blocks_and_least_sizes_exactly_the_asked_groups_go_too(sparsity):
+    changes = {"group_divisible": 5, "min_groups": 2, "group_sparsity": sparsity}
+    model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | changes))
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    seen = torch.zeros_like(optimizer.removed)
+    for _ in train(model, optimizer, range(TOTAL_STEPS)):
+        assert (optimizer.removed | ~seen).all()
+        seen = optimizer.removed.clone()
+    axes, removed = model.geta.qadg.axes, model.geta.qadg.zero_groups(model)
+    assert sum(map(len, removed.values())) == round(sparsity * sum(axis.size for axis in axes))
+    for axis in axes:
+        kept = axis.size - len(removed.get(axis.name, ()))
+        assert kept >= 2
+        assert axis.size <= 5 or kept == axis.size or kept % 5 == 0
+
+
+def test_a_number_of_groups_that_blocks_do_not_reach_becomes_the_nearest_and_is_logged_once(caplog):
+    """Two layers of 24 units in blocks of 16 lose 8 or none, two of 4 heads lose up to 3 each: 0-6, 8-14, 16-22."""
+    model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | {"group_divisible": 16, "group_sparsity": 7 / 56}))
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(TOTAL_STEPS)))
+    assert optimizer.removed.sum() == optimizer.groups_to_remove == 8
+    assert len([record for record in caplog.records if "asks for 7 of 56 groups" in record.message]) == 1
 
 
 def test_more_groups_than_may_go_are_refused():

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_geta import GETAConfig
 from hf_geta.quantization import calibrate_, quantize_modules_, quantized_layers
-from hf_geta.quantization.calibration import InputStatistics
+from hf_geta.quantization.histogram import MagnitudeHistogram
 
 CONFIG = GETAConfig(activation_bits=[4, 8])
 
@@ -38,7 +38,7 @@ def batch(seed=0, size=8):
 
 
 def statistics(x):
-    result = InputStatistics(x.device)
+    result = MagnitudeHistogram(x.device)
     result.add(x)
     return result
 

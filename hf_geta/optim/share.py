@@ -1,0 +1,122 @@
+"""Targets by share: exactly K groups go, and every width ends at the allowed one nearest to what was learned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_geta.config import MIXED_SALIENCIES, GETAConfig
+from hf_geta.optim import saliency
+from hf_geta.optim.choice import choose_least_salient, nearest_reachable
+from hf_geta.optim.schedule import Schedule
+from hf_geta.optim.space import PruningSpace
+from hf_geta.optim.widths import WidthTable, nearest_allowed
+
+logger = logging.getLogger(__name__)
+
+
+class Share:
+    """Chooses the least salient groups, K in all.
+
+    Args:
+        config: `group_sparsity`, the kind of saliency, and limits on groups.
+        schedule: how many have to be gone by which period.
+        space: the pruning groups.
+        widths: all quantizers.
+        allowed_bits: per quantizer the widths that it may end with, ascending.
+
+    Attributes:
+        scores: (kinds, num_groups) saliency, summed since the last decision.
+        ceilings: None: the schedule alone bounds the widths.
+
+    Raises:
+        ValueError: when more groups are asked for than may go.
+    """
+
+    ceilings: Tensor | None = None
+
+    def __init__(
+        self,
+        config: GETAConfig,
+        schedule: Schedule,
+        space: PruningSpace,
+        widths: WidthTable,
+        allowed_bits: Sequence[Sequence[int]],
+    ) -> None:
+        self.config, self.schedule = config, schedule
+        self.space, self.widths, self.allowed_bits = space, widths, allowed_bits
+        self.groups_to_remove = _groups_to_remove(config, space)
+        self.observed = saliency.observed_kinds(config.saliency)
+        self.scores = torch.zeros(len(self.observed), space.num_groups, device=widths.signed.device)
+
+    def observe(self) -> None:
+        """Add what the present gradients say; no host sync."""
+        if self.observed and self.groups_to_remove:
+            self.scores += saliency.observe(saliency.first_order(self.space), self.observed)
+
+    def decide(self, period: int, removed: Tensor) -> Tensor:
+        """Flags of the groups to remove in `period`, (num_groups,) bool on the CPU; `removed` are gone already."""
+        chosen = choose_least_salient(
+            self._ranking(),
+            removed,
+            self.schedule.redundant_count(period, self.groups_to_remove),
+            self.space.axis_sizes,
+            self.config.min_groups,
+            self.config.group_divisible,
+            self.groups_to_remove,
+        )
+        self.scores.zero_()
+        return chosen
+
+    def _ranking(self) -> Tensor:
+        """What a decision ranks the groups by, (num_groups,)."""
+        config, scores = self.config, dict(zip(self.observed, self.scores, strict=True))
+        weights = {config.saliency: 1.0}
+        if config.saliency == "mix":
+            weights = dict(zip(MIXED_SALIENCIES, config.saliency_weights or (1, 1, 1), strict=True))
+        if "magnitude" in weights:
+            scores["magnitude"] = saliency.magnitude(self.space)
+        return saliency.mix(scores, weights, self.space.axis_kinds, self.space.axis_sizes)
+
+    def final_bits(self, removed: Tensor) -> Tensor:
+        """The allowed width nearest to each quantizer's own, (quantizers,)."""
+        bits = self.widths.bits()
+        for row, allowed in enumerate(self.allowed_bits):
+            bits[row] = nearest_allowed(bits[row], allowed)
+        return bits
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"scores": self.scores}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.scores = state["scores"].to(self.scores.device, copy=True)
+
+
+def _groups_to_remove(config: GETAConfig, space: PruningSpace) -> int:
+    """K: round(group_sparsity x groups), or the nearest number that whole blocks reach: half a block away at most."""
+    asked = round((config.group_sparsity or 0.0) * space.num_groups)
+    limits = space.axis_sizes, config.min_groups, config.group_divisible
+    most = nearest_reachable(space.num_groups, *limits)
+    if asked > most:
+        raise ValueError(
+            f"group_sparsity={config.group_sparsity} asks for {asked} of {space.num_groups} groups, but "
+            f"min_groups={config.min_groups} and group_divisible={config.group_divisible} let at most {most} go: "
+            f"lower group_sparsity to {most / max(space.num_groups, 1):.3f} or relax them."
+        )
+    count = nearest_reachable(asked, *limits)
+    if count != asked:
+        logger.warning(
+            "group_sparsity=%s asks for %d of %d groups; in whole blocks (group_divisible=%d) %d go.",
+            config.group_sparsity,
+            asked,
+            space.num_groups,
+            config.group_divisible,
+            count,
+        )
+    return count

@@ -1,0 +1,52 @@
+"""How large are the numbers of a tensor? A histogram from which the best clip of any width can be read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_geta.config import MAX_BITS, MIN_BITS
+
+OCTAVES, BINS_PER_OCTAVE = 24, 16  # |x| from 2^-24 to 2^24, each bin 4 % wide
+
+
+class MagnitudeHistogram:
+    """A histogram of log2 |x| with fixed bins, so that batches and processes add up; and the extremes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(2 * OCTAVES * BINS_PER_OCTAVE, device=device)
+        self.extremes = torch.tensor([-torch.inf, 0.0], device=device)  # -min x, max |x|
+
+    def add(self, x: Tensor) -> None:
+        """Counts one batch; NaN and infinity stay visible in `extremes`."""
+        x = x.detach().float()
+        magnitude = x.abs()
+        self.extremes = torch.maximum(self.extremes, torch.stack([-x.amin(), magnitude.amax()]))
+        log = magnitude.clamp_(2.0**-OCTAVES, 2.0**OCTAVES).log2_()
+        self.counts += torch.histc(log, len(self.counts), -OCTAVES, OCTAVES)
+
+    @property
+    def signed(self) -> bool:
+        """Whether a number below 0 was seen."""
+        return bool(self.extremes[0] > 0)
+
+    def clip_max(self, bits: float, signed: bool | None = None) -> Tensor:
+        """The q_m with the least squared error at `bits`, among the bin edges and max|x|: what lies beyond counts
+        with its distance, what lies below with the d^2 / 12 of rounding (at most x^2: it then rounds to zero).
+
+        Few huge inputs that carry the function keep the clip high; a thin tail does not. 1 if all numbers are zero.
+        """
+        signed = self.signed if signed is None else signed
+        edges = 2 ** torch.linspace(-OCTAVES, OCTAVES, len(self.counts) + 1, device=self.counts.device)[1:]
+        values = edges * 2 ** (-0.5 / BINS_PER_OCTAVE)
+        clips = torch.minimum(edges, self.extremes[1])[:, None]  # (clips, 1)
+        step_sizes = clips / (2 ** (bits - signed) - 1)
+        beyond = (values - clips).clamp(min=0) ** 2
+        within = torch.minimum(values**2, step_sizes**2 / 12)
+        error = torch.where(values > clips, beyond, within) @ self.counts
+        return torch.where(self.extremes[1] > 0, clips[error.argmin(), 0], 1.0)
+
+    def log_clips(self) -> Tensor:
+        """ln `clip_max` by whole width, (MAX_BITS + 1,); below MIN_BITS it is that of MIN_BITS."""
+        clips = [self.clip_max(max(bits, MIN_BITS)) for bits in range(MAX_BITS + 1)]
+        return torch.stack(clips).log()

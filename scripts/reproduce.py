@@ -20,6 +20,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -113,6 +114,7 @@ def _outcomes(
                 error = future.exception()
                 if error is not None:
                     broken.add(name)
+                    traceback.print_exception(error)
                 yield name, future.result() if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
 
 

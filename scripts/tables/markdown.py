@@ -127,10 +127,8 @@ def _answers(results: Mapping[str, Any]) -> list[str]:
         ]
         head = ("experiment", "method", "fewest relative BOPs", "to dense (points)")
         sections.append(f"## Within {points:g} points of dense\n\n" + table(head, lines))
-    if answer.get("ranking"):
-        ranked = ranking(rows)
+    if answer.get("ranking") and (ranked := ranking(rows)):
         lines = [[labels.get(r["method"], r["method"]), f"{100 * r['difference']:+.2f}"] for r in ranked]
-        cells = ranked[0]["cells"] if ranked else 0
-        title = f"## Mean over the {cells} cells that every method has"
+        title = f"## Mean over the {ranked[0]['cells']} cells that every method has"
         sections.append(f"{title}\n\n" + table(("method", "to dense (points)"), lines))
     return sections

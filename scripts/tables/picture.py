@@ -60,10 +60,11 @@ def _draw_panel(
         mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["relative_bops"])
         if not mine:
             continue
+        spreads = [row["accuracy_spread"] for row in mine]
         panel.errorbar(
             [100 * row["relative_bops"] for row in mine],
             [100 * row["accuracy"] for row in mine],
-            yerr=[100 * (row["accuracy_spread"] or 0) for row in mine],
+            yerr=None if None in spreads else [100 * spread for spread in spreads],
             color=COLORS[number % len(COLORS)],
             marker=MARKERS[number % len(MARKERS)],
             markersize=5,

@@ -123,7 +123,7 @@ def train_and_measure(run: Run, folders: Folders, images: Images, work: Path) ->
         "group_sparsity": 1 - dense_groups_left,
         "mean_weight_bits": report["mean_weight_bits"],
         "mean_activation_bits": report["mean_activation_bits"],
-        "parameters": sum(parameter.numel() for parameter in small.parameters()),
+        "parameters": report.get("parameters", sum(parameter.numel() for parameter in small.parameters())),
         "file_bytes": weight_bytes(folder),
         "widths_checked": widths.checked,
         "widths_outside": widths.outside,

@@ -229,6 +229,7 @@ def test_figures_are_those_of_what_was_asked_for(smoke):
     assert geta["group_sparsity"] == pytest.approx(0.3, abs=0.02)
     assert quantized["group_sparsity"] == 0
     assert geta["relative_bops"] < quantized["relative_bops"] <= 8 * 8 / 32**2
+    assert dense["parameters"] / 2 < geta["parameters"] < quantized["parameters"] == dense["parameters"]
     assert geta["file_bytes"] < quantized["file_bytes"] < dense["file_bytes"]
     assert geta["outside"] == quantized["outside"] == 0
 

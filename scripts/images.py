@@ -141,7 +141,7 @@ class ImageDataset(torch.utils.data.Dataset):
         # (x / 255 - mean) / std as one scale and one shift
         mean, std = (torch.tensor(v).view(1, channels, 1, 1) for v in (processor.image_mean, processor.image_std))
         self._scale, self._shift = 1 / (255 * std), -mean / std
-        self._decode = _Decoder(images.rows, processor, channels)
+        self._decode = Decoder(images.rows, processor, channels)
         item = self._decode(np.array([0]))
         self._pixels = self._decode.all() if item.nbytes * len(images.rows) <= CACHE_LIMIT_BYTES else None
 
@@ -163,7 +163,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels)]
 
 
-class _Decoder:
+class Decoder:
     """Row numbers -> uint8 (n, channels, height, width) of the size that the processor asks for."""
 
     def __init__(self, rows: datasets.Dataset, processor: Any, channels: int):

@@ -1,0 +1,186 @@
+#!/usr/bin/env python
+"""Regenerates the comparison tables: every method as a configuration of the same trainer, on real data.
+
+    python scripts/reproduce.py TABLE [--quick] [--seeds N] [--data_dir DIR] [--rows NAME ...] [--workers 2]
+    python scripts/reproduce.py TABLE --render      Markdown and picture again, from results.json
+
+TABLE is a file of configs/tables. Runs are independent: each is one JSON in OUTPUT_DIR/TABLE/runs, and a table that was
+interrupted goes on where it stopped. It ends with results.json, results.md, results.png and results.svg.
+`--data_dir` is a folder with local copies (cifar10, fashion_mnist, vit_s14, ...); without it they come from the Hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# One thread for each run, one run for each core; threads that wait do not spin. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import transformers
+from tables import markdown, picture
+from tables.data import prepare_images
+from tables.plan import Plan, Run, load_plan, table_names
+from tables.run import Folders, execute, finished
+from tables.summary import summarize
+
+import hf_geta
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run what is missing of a table and write its results; returns them."""
+    arguments = _parse(argv)
+    folders = Folders(Path(arguments.output_dir) / arguments.table, arguments.data_dir)
+    if arguments.render:
+        results = json.loads((folders.table / "results.json").read_text(encoding="utf-8"))
+        results["summary"] = summarize(results["runs"])
+    else:
+        plan = load_plan(arguments.table, arguments.quick, arguments.seeds, arguments.rows)
+        results = run_table(plan, folders, arguments.workers, _command(sys.argv[1:] if argv is None else argv))
+    write(results, folders.table)
+    print(markdown.render(results))
+    return results
+
+
+def run_table(plan: Plan, folders: Folders, workers: int, command: Sequence[str] = ()) -> dict[str, Any]:
+    """All results of the plan, from earlier runs or new ones."""
+    done = {run.name: result for run in plan.runs if (result := finished(run, folders)) is not None}
+    missing = [run for run in plan.runs if run.name not in done]
+    print(f"{len(plan.runs)} runs, {len(done)} of them finished before.", flush=True)
+    for settings in {run.settings["experiment"]: run.settings for run in missing}.values():
+        path = folders.images(settings["experiment"], plan.quick)
+        prepare_images(settings["data"], settings["model"], folders.data_dir, path)
+    failed: dict[str, str] = {}
+    for name, outcome in _outcomes(missing, plan, folders, workers):
+        if isinstance(outcome, dict):
+            done[name] = outcome
+            figures = outcome["figures"]
+            text = f"{figures['accuracy']:.2%}, {figures['relative_bops']:.2%} BOPs, {figures['seconds']:.0f} s"
+        else:
+            failed[name] = text = outcome
+        print(f"{len(done) + len(failed)}/{len(plan.runs)} {name}: {text}", flush=True)
+    runs = [done[run.name] for run in plan.runs if run.name in done]
+    if not runs:
+        raise RuntimeError(f"no run of the table finished: {failed}")
+    return {
+        "table": plan.name,
+        "title": plan.title,
+        "quick": plan.quick,
+        "answer": plan.answer,
+        "labels": plan.labels,
+        "command": list(command),
+        "environment": environment(runs),
+        "failed": failed,
+        "summary": summarize(runs),
+        "runs": runs,
+    }
+
+
+def _outcomes(
+    runs: Sequence[Run], plan: Plan, folders: Folders, workers: int
+) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """(name, result or why there is none), as runs finish; a run waits for those that it needs."""
+    waiting = {run.name: run for run in runs}
+    with _pool(workers) as pool:
+        running: dict[concurrent.futures.Future, str] = {}
+        broken: set[str] = set()
+        while waiting or running:
+            for name, run in list(waiting.items()):
+                if broken & set(run.needs):
+                    broken.add(name)
+                    del waiting[name]
+                    yield name, "a run that it needs did not finish."
+                elif not (set(run.needs) & (set(waiting) | set(running.values()))):
+                    images = folders.images(run.settings["experiment"], plan.quick)
+                    running[pool.submit(execute, run, folders, images)] = name
+                    del waiting[name]
+            ready, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in ready:
+                name = running.pop(future)
+                error = future.exception()
+                if error is not None:
+                    broken.add(name)
+                    traceback.print_exception(error)
+                yield name, future.result() if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _pool(workers: int) -> concurrent.futures.Executor:
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """results.json, results.md and the picture."""
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(markdown.render(results), encoding="utf-8")
+    picture.draw(results, folder)
+
+
+def environment(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Where and when: plain values."""
+    devices = sorted({run["figures"]["device"] for run in runs} - {"cpu"})
+    hardware = ", ".join([f"{os.cpu_count()} cores of {_cpu_name()}", *devices])
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware,
+        "versions": {
+            "Python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "hf_geta": hf_geta.__version__,
+        },
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _command(argv: Sequence[str]) -> list[str]:
+    """The command line for the results; where the data lay on this machine helps nobody."""
+    return ["DIR" if before == "--data_dir" else word for before, word in zip(["", *argv], argv)]
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=table_names(), help="which table")
+    parser.add_argument("--quick", action="store_true", help="small models and few steps, for two CPU cores")
+    parser.add_argument("--seeds", type=int, help="number of seeds, instead of the table's")
+    parser.add_argument("--data_dir", help="folder with a folder for each data set and pretrained model")
+    parser.add_argument("--output_dir", default="outputs/tables", help="folder for the results (default: %(default)s)")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="METHOD, EXPERIMENT or EXPERIMENT/METHOD")
+    default = 1 if torch.cuda.is_available() else os.cpu_count()
+    parser.add_argument("--workers", type=int, default=default, help="processes (default here: %(default)s)")
+    parser.add_argument("--render", action="store_true", help="only render results.json again")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    began = time.perf_counter()
+    failures = main()["failed"]
+    print(f"{time.perf_counter() - began:.0f} s")
+    sys.exit(1 if failures else 0)

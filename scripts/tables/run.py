@@ -1,0 +1,250 @@
+"""One run of a table: the stages of a method, each by GETATrainer, and the figures of the model loaded from disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cifar_resnet  # noqa: F401  registers model_type cifar_resnet
+import torch
+from image_models import head_optimizer, load_model, load_processor, weight_bytes
+from transformers import (
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_geta import GETAConfig, GETATrainer
+from hf_geta.optim.schedule import Stage
+from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.quantizers import Quantizer
+from hf_geta.report import load_report
+from tables.data import Images, TrainingImages, load_images, model_arguments
+from tables.plan import Run
+
+DENSE = {"relative_bops": 1.0, "mean_weight_bits": 32.0, "mean_activation_bits": 32.0, "group_sparsity": 0.0}
+LOGS_PER_STAGE = 20
+BITS_TOLERANCE = 1e-3
+EVALUATION_BATCH = 250
+
+
+@dataclasses.dataclass(frozen=True)
+class Folders:
+    """Where a table keeps its things."""
+
+    table: Path
+    data_dir: str | None  # the user's, with a folder for each data set
+
+    def result(self, name: str) -> Path:
+        return self.table / "runs" / f"{name}.json"
+
+    def model(self, name: str) -> Path:
+        return self.table / "models" / name
+
+    def images(self, experiment: str, quick: bool) -> Path:
+        return self.table / "data" / f"{'quick-' if quick else ''}{experiment}.pt"
+
+
+def finished(run: Run, folders: Folders) -> dict[str, Any] | None:
+    """The result of an earlier run with the same settings."""
+    path = folders.result(run.name)
+    if not path.exists() or (run.keeps_model and not folders.model(run.name).exists()):
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result if result["settings"] == run.settings else None
+
+
+def execute(run: Run, folders: Folders, images_path: Path) -> dict[str, Any]:
+    """Train, measure, and write the result as JSON; written beside, then renamed."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        figures = train_and_measure(run, folders, load_images(images_path), Path(temporary))
+        if run.keeps_model:
+            shutil.rmtree(folders.model(run.name), ignore_errors=True)
+            shutil.copytree(Path(temporary) / "model", folders.model(run.name))
+    result = {
+        "name": run.name,
+        **{key: run.settings[key] for key in ("experiment", "method", "budget", "seed")},
+        "figures": figures,
+        "total_seconds": time.perf_counter() - started,
+        "finished": datetime.datetime.now().isoformat(timespec="seconds"),
+        "settings": run.settings,
+    }
+    path = folders.result(run.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+    return result
+
+
+def train_and_measure(run: Run, folders: Folders, images: Images, work: Path) -> dict[str, Any]:
+    """The figures of the run's last model, saved in `work`/model, relative to the model that it began with."""
+    settings, folder = run.settings, work / "model"
+    set_seed(settings["seed"])
+    arguments = model_arguments(settings["model"], folders.data_dir)
+    model = load_model(arguments, load_processor(arguments, images.example()), images.names)
+    dense_groups_left, relative_bops, seconds, widths = 1.0, 1.0, 0.0, WidthCheck()
+    stages, steps = settings["stages"], _total_steps(settings["training"], len(images.train))
+    for number, fields in enumerate(stages):
+        if number:
+            model = AutoModelForImageClassification.from_pretrained(folder)
+        config = _stage_config(fields, _given_sparsity(settings, folders), relative_bops)
+        share = (steps * (number + 1)) // len(stages) - (steps * number) // len(stages)
+        trainer = _trainer(model, config, run, folders, images, share, work)
+        widths.trainer = trainer
+        trainer.add_callback(widths)
+        trainer.remove_callback(PrinterCallback)
+        begin = time.perf_counter()
+        trainer.train()
+        seconds += time.perf_counter() - begin
+        shutil.rmtree(folder, ignore_errors=True)
+        trainer.save_model(str(folder))
+        report = DENSE | load_report(folder).get("compressed", {})
+        relative_bops *= report["relative_bops"]
+        dense_groups_left *= 1 - report["group_sparsity"]
+    device = trainer.args.device
+    small = AutoModelForImageClassification.from_pretrained(folder).to(device).eval()
+    return {
+        "accuracy": accuracy(small, images),
+        "relative_bops": relative_bops,
+        "group_sparsity": 1 - dense_groups_left,
+        "mean_weight_bits": report["mean_weight_bits"],
+        "mean_activation_bits": report["mean_activation_bits"],
+        "parameters": report.get("parameters", sum(parameter.numel() for parameter in small.parameters())),
+        "file_bytes": weight_bytes(folder),
+        "widths_checked": widths.checked,
+        "widths_outside": widths.outside,
+        "seconds": seconds,
+        "steps": steps,
+        "batch_size": settings["training"]["per_device_train_batch_size"],
+        "train_images": len(images.train),
+        "eval_images": len(images.evaluation),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _total_steps(training: dict[str, Any], images: int) -> int:
+    if "max_steps" in training:
+        return training["max_steps"]
+    return math.ceil(training["num_train_epochs"] * math.ceil(images / training["per_device_train_batch_size"]))
+
+
+def _given_sparsity(settings: dict[str, Any], folders: Folders) -> float | None:
+    """The share of groups that the run named by `group_sparsity_of` removed."""
+    name = settings["needs"].get("group_sparsity_of")
+    if name is None:
+        return None
+    return json.loads(folders.result(name).read_text(encoding="utf-8"))["figures"]["group_sparsity"]
+
+
+def _stage_config(
+    fields: dict[str, Any] | None, group_sparsity: float | None, relative_bops: float
+) -> GETAConfig | None:
+    """The stage's config; None where it compresses nothing.
+
+    Args:
+        group_sparsity: for a stage that prunes and says not how far.
+        relative_bops: of the model that the stage begins with: a budget is a share of the dense model's.
+    """
+    if fields is None:
+        return None
+    fields = dict(fields)
+    if group_sparsity is not None and fields.get("group_sparsity") is None:
+        fields["group_sparsity"] = round(group_sparsity, 6)
+    if fields.get("weight_bits", True) is None and fields.get("group_sparsity") == 0:
+        return None
+    if (budget := fields.get("target_bops")) is not None:
+        if budget >= relative_bops:
+            raise ValueError(f"target_bops={budget}: the stage before has reached {relative_bops:.4f} already.")
+        fields["target_bops"] = budget / relative_bops
+    return GETAConfig.from_dict(fields)
+
+
+def _trainer(
+    model: PreTrainedModel,
+    config: GETAConfig | None,
+    run: Run,
+    folders: Folders,
+    images: Images,
+    steps: int,
+    work: Path,
+) -> GETATrainer:
+    """The same trainer for every row; only `config` (and a teacher) differ."""
+    settings = run.settings
+    options = {k: v for k, v in settings["training"].items() if k not in ("num_train_epochs", "max_steps")}
+    args = TrainingArguments(
+        output_dir=str(work / "trainer"),
+        max_steps=steps,
+        seed=settings["seed"],
+        logging_steps=max(1, steps // LOGS_PER_STAGE),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **options,
+    )
+    more: dict[str, Any] = {}
+    if teacher := settings["needs"].get("teacher"):
+        more["teacher_model"] = AutoModelForImageClassification.from_pretrained(folders.model(teacher))
+    augmentation = {k: settings["data"][k] for k in ("crop_padding", "horizontal_flip") if k in settings["data"]}
+    return GETATrainer(
+        model=model,
+        args=args,
+        geta_config=config,
+        train_dataset=TrainingImages(images, **augmentation),
+        data_collator=TrainingImages.collate,
+        optimizers=(head_optimizer(model, args, settings["model"].get("head_learning_rate")), None),
+        **more,
+    )
+
+
+class WidthCheck(TrainerCallback):
+    """Counts the widths outside their final bounds, at every logged step from the joint stage on.
+
+    Args set by the owner: `trainer`, whose model is looked at.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: GETATrainer | None = None
+        self.checked = self.outside = 0
+
+    def on_log(self, *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer is None or trainer.geta_config is None or "loss" not in (logs or {}):
+            return
+        if trainer.qasso is None or trainer.stage < Stage.JOINT:
+            return
+        config = trainer.geta_config
+        bounds_of: dict[Quantizer | None, Sequence[int] | None] = {}
+        for layer in quantized_layers(trainer.model).values():
+            bounds_of[layer.weight_quantizer] = config.weight_bits
+            bounds_of[layer.input_quantizer] = config.activation_bits  # layers may share it
+        for quantizer, bounds in bounds_of.items():
+            if quantizer is not None and quantizer.enabled and bounds is not None:
+                self.checked += 1
+                self.outside += not bounds[0] - BITS_TOLERANCE <= quantizer.bits.item() <= bounds[-1] + BITS_TOLERANCE
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, images: Images) -> float:
+    """Share of the evaluation images that the model gets right."""
+    right = 0
+    split = images.evaluation
+    for pixels, labels in zip(split.pixels.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True):
+        logits = model(pixel_values=images.normalized(pixels).to(model.device)).logits
+        right += int((logits.argmax(-1).cpu() == labels).sum())
+    return right / len(split)

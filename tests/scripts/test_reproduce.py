@@ -1,0 +1,272 @@
+"""Laws of the tables: rows are configurations of one trainer, runs are kept, and the summary is that of the seeds."""
+
+import dataclasses
+import json
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import reproduce
+import torch
+import yaml
+from tables import markdown, picture
+from tables.data import Images, Split, TrainingImages
+from tables.plan import Run, load_plan, merged, table_names
+from tables.run import Folders, _stage_config
+from tables.summary import ranking, summarize, within_points
+from write_mnist5k import write_mnist5k
+
+from hf_geta import GETAConfig
+
+WHITE_BOX = {"group_sparsity": 0.3, "weight_bits": [4, 8], "activation_bits": [6, 8]}
+SMOKE = {
+    "title": "smoke",
+    "data": {"folder": "mnist5k", "hub": "none", "max_train_samples": 256, "max_eval_samples": 100},
+    "training": {"max_steps": 14, "per_device_train_batch_size": 16, "learning_rate": 1e-3},
+    "geta": {"pruning_periods": 2, "bit_reduction": 4},
+    "budgets": [WHITE_BOX],
+    "methods": {"dense": {"compress": False}, "geta": {}, "quantization_only": {"geta": {"group_sparsity": 0}}},
+    "experiments": {
+        "vit": {
+            "model": {
+                "model_type": "vit",
+                "config_overrides": {
+                    "hidden_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "intermediate_size": 32,
+                    "patch_size": 7,
+                },
+            }
+        },
+    },
+}
+
+
+def plan_of(tmp_path, values, **options):
+    path = tmp_path / "table.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return load_plan(path, **options)
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("table", table_names())
+def test_every_row_is_a_configuration_of_the_same_trainer(table, quick):
+    """Within an experiment runs differ by seed, GETAConfig fields and the runs that they take a figure from, only."""
+    runs = load_plan(table, quick).runs
+    for experiment in {run.settings["experiment"] for run in runs}:
+        mine = [run.settings for run in runs if run.settings["experiment"] == experiment]
+        for settings in mine:
+            for key in ("data", "model", "training"):
+                assert settings[key] == mine[0][key]
+            for fields in settings["stages"]:
+                assert fields is None or GETAConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("table", table_names())
+def test_every_experiment_has_a_dense_row_for_every_seed(table, quick):
+    runs = load_plan(table, quick).runs
+    seeds = {(run.settings["experiment"], run.settings["seed"]) for run in runs}
+    dense = {(r.settings["experiment"], r.settings["seed"]) for r in runs if r.settings["budget"] is None}
+    assert dense == seeds
+
+
+def test_a_run_stands_after_those_that_it_needs():
+    for table in table_names():
+        names = [run.name for run in load_plan(table).runs]
+        assert len(set(names)) == len(names)
+        for run in load_plan(table).runs:
+            assert all(names.index(other) < names.index(run.name) for other in run.needs)
+
+
+def test_two_stages_take_their_sparsity_from_the_run_of_the_same_seed_and_budget():
+    runs = {run.name: run for run in load_plan("vit").runs}
+    two_stage = [run for run in runs.values() if run.settings["method"] == "two_stage"]
+    assert two_stage
+    for run in two_stage:
+        (other,) = run.needs
+        for key in ("experiment", "budget", "seed"):
+            assert runs[other].settings[key] == run.settings[key]
+        assert runs[other].settings["method"] == "geta"
+
+
+def test_rows_bring_what_they_need_and_nothing_else():
+    chosen = load_plan("vit", rows=["vit-fashion_mnist/two_stage"]).runs
+    assert {run.settings["method"] for run in chosen} == {"geta", "two_stage"}
+    assert {run.settings["experiment"] for run in chosen} == {"vit-fashion_mnist"}
+    with pytest.raises(ValueError, match=r"no row two_stages; there are .*two_stage"):
+        load_plan("vit", rows=["two_stages"])
+
+
+def test_the_quick_form_goes_over_the_full_one_and_null_drops(tmp_path):
+    values = SMOKE | {
+        "quick": {
+            "training": {"max_steps": 3},
+            "methods": {"quantization_only": None},
+            "experiments": {"vit": {"model": {"config_overrides": {"hidden_size": 8}}}},
+        }
+    }
+    full, quick = (plan_of(tmp_path, values, quick=form).runs for form in (False, True))
+    assert {run.settings["method"] for run in full} - {run.settings["method"] for run in quick} == {"quantization_only"}
+    assert quick[0].settings["training"] == SMOKE["training"] | {"max_steps": 3}
+    assert quick[0].settings["model"]["config_overrides"]["hidden_size"] == 8
+    assert quick[0].settings["model"]["config_overrides"]["patch_size"] == 7
+    assert not {run.name for run in full} & {run.name for run in quick}
+
+
+def test_unknown_keys_and_fields_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown budget; known are .*budgets"):
+        plan_of(tmp_path, SMOKE | {"budget": 1})
+    with pytest.raises(ValueError, match="GETAConfig has no field sparsity"):
+        plan_of(tmp_path, merged(SMOKE, {"methods": {"geta": {"geta": {"sparsity": 1}}}}))
+    with pytest.raises(ValueError, match="needs vit--geta--bops=0.5--seed0"):
+        plan_of(tmp_path, merged(SMOKE, {"methods": {"two": {"group_sparsity_of": "geta", "budgets": [0.5]}}}))
+
+
+def test_a_later_stage_has_the_same_budget_relative_to_the_dense_model():
+    fields = {"target_bops": 0.02, "group_sparsity": 0}
+    config = _stage_config(fields, group_sparsity=0.4, relative_bops=0.5)
+    assert (config.target_bops, config.group_sparsity) == (0.04, 0)
+    with pytest.raises(ValueError, match="has reached 0.01"):
+        _stage_config(fields, None, relative_bops=0.01)
+    pruning = {"weight_bits": None, "activation_bits": None, "target_bops": None}
+    assert _stage_config(pruning, 0.4, 1.0).group_sparsity == 0.4
+    assert _stage_config(pruning, 0.0, 1.0) is None  # nothing to remove: it trains on
+
+
+# -- summaries --------------------------------------------------------------------------------------------------------
+
+
+def result(method, budget, seed, accuracy, bops=1.0, outside=0):
+    figures = {
+        "accuracy": accuracy,
+        "relative_bops": bops,
+        "group_sparsity": 0.5,
+        "mean_weight_bits": 4,
+        "mean_activation_bits": 6,
+        "parameters": 10,
+        "file_bytes": 100,
+        "widths_checked": 4,
+        "widths_outside": outside,
+        "seconds": 2.0,
+    }
+    target = None if budget is None else {"target_bops": budget}
+    return {"experiment": "e", "method": method, "budget": target, "seed": seed, "figures": figures}
+
+
+RUNS = [
+    *(result("dense", None, seed, accuracy) for seed, accuracy in enumerate((0.90, 0.94))),
+    *(result("a", 0.02, seed, accuracy, 0.019, outside=1) for seed, accuracy in enumerate((0.89, 0.91))),
+    *(result("a", 0.01, seed, accuracy, 0.010) for seed, accuracy in enumerate((0.80, 0.80))),
+    *(result("b", 0.02, seed, accuracy, 0.018) for seed, accuracy in enumerate((0.92, 0.93))),
+]
+
+
+def test_mean_and_spread_are_those_of_the_seeds():
+    rows = {(row["method"], row["relative_bops"]): row for row in summarize(RUNS)}
+    row = rows["a", 0.019]
+    assert row["accuracy"] == pytest.approx(statistics.mean([0.89, 0.91]))
+    assert row["accuracy_spread"] == pytest.approx(statistics.stdev([0.89, 0.91]))
+    assert row["difference"] == pytest.approx(statistics.mean([0.89 - 0.90, 0.91 - 0.94]))
+    assert row["difference_spread"] == pytest.approx(statistics.stdev([-0.01, -0.03]))
+    assert row["outside"] == 2 / 8
+    assert summarize(RUNS[:1])[0]["accuracy_spread"] is None  # one seed has no spread
+
+
+def test_the_fewest_bops_within_two_points_and_the_ranking():
+    rows = summarize(RUNS)
+    found = {entry["method"]: entry["row"] for entry in within_points(rows, 2)}
+    assert (found["a"]["relative_bops"], found["b"]["relative_bops"]) == (0.019, 0.018)
+    assert within_points(rows, 0.1)[0]["row"] is None
+    best, worst = ranking(rows)  # over bops=0.02 alone, which both have
+    assert (best["method"], worst["method"], best["cells"]) == ("b", "a", 1)
+
+
+def test_a_batch_is_augmented_and_normalized_as_a_whole():
+    generator = torch.Generator().manual_seed(0)
+    split = Split(torch.randint(0, 256, (5, 3, 4, 4), generator=generator, dtype=torch.uint8), torch.arange(5))
+    half = torch.full((1, 3, 1, 1), 0.5)
+    images = Images(split, split, ["a"] * 5, half, half)
+    plain = TrainingImages(images).__getitems__([3, 1])
+    torch.testing.assert_close(plain["pixel_values"], split.pixels[[3, 1]] / 127.5 - 1)
+    assert plain["labels"].tolist() == [3, 1]
+    torch.manual_seed(0)
+    flipped = TrainingImages(images, horizontal_flip=True).__getitems__([2] * 20)["pixel_values"]
+    assert len(flipped.unique(dim=0)) == 2
+
+
+# -- one small table --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """(plan, folders, results) of a table of a few steps, run with one worker."""
+    folder = tmp_path_factory.mktemp("tables")
+    write_mnist5k(folder / "data" / "mnist5k")
+    plan = plan_of(folder, SMOKE)
+    folders = Folders(folder / "smoke", str(folder / "data"))
+    results = reproduce.run_table(plan, folders, workers=1)
+    reproduce.write(results, folders.table)
+    return plan, folders, results
+
+
+def test_the_table_has_a_row_for_each_method_and_budget(smoke):
+    _, folders, results = smoke
+    assert results["failed"] == {}
+    assert [row["method"] for row in results["summary"]] == ["dense", "geta", "quantization_only"]
+    lines = (folders.table / "results.md").read_text().splitlines()
+    assert sum(line.startswith(f"| {row['method']} ") for line in lines for row in results["summary"]) == 3
+    assert "256 training images, 100 evaluation images, 14 steps of batch 16, 1 seed." in lines
+
+
+def test_figures_are_those_of_what_was_asked_for(smoke):
+    dense, geta, quantized = (row for row in smoke[2]["summary"])
+    assert (dense["relative_bops"], dense["group_sparsity"], dense["mean_weight_bits"]) == (1.0, 0.0, 32)
+    assert geta["group_sparsity"] == pytest.approx(0.3, abs=0.02)
+    assert quantized["group_sparsity"] == 0
+    assert geta["relative_bops"] < quantized["relative_bops"] <= 8 * 8 / 32**2
+    assert dense["parameters"] / 2 < geta["parameters"] < quantized["parameters"] == dense["parameters"]
+    assert geta["file_bytes"] < quantized["file_bytes"] < dense["file_bytes"]
+    assert geta["outside"] == quantized["outside"] == 0
+
+
+def test_a_finished_run_is_not_repeated(smoke, monkeypatch):
+    plan, folders, results = smoke
+    monkeypatch.setattr(reproduce, "execute", None)  # whatever would run now would fail
+    assert reproduce.run_table(plan, folders, workers=1)["runs"] == results["runs"]
+
+
+def test_a_run_with_other_settings_is_another_run(smoke):
+    plan, folders, _ = smoke
+    for run in plan.runs:
+        assert reproduce.finished(run, folders) is not None
+        other = dataclasses.replace(run, settings=run.settings | {"seed": 7})
+        assert reproduce.finished(other, folders) is None
+
+
+def test_a_run_that_fails_is_named_and_those_that_need_it_wait_for_nothing(smoke, monkeypatch):
+    monkeypatch.setattr(reproduce, "_pool", ThreadPoolExecutor)
+    plan, folders, _ = smoke
+    bad = Run("bad", plan.runs[0].settings | {"training": {"max_steps": -1}}, (), False)
+    after = Run("after", plan.runs[1].settings, ("bad",), False)
+    results = reproduce.run_table(dataclasses.replace(plan, runs=(plan.runs[0], bad, after)), folders, workers=1)
+    assert set(results["failed"]) == {"bad", "after"}
+    assert "`bad`" in markdown.render(results)
+
+
+def test_rendering_again_gives_the_same_text_and_pictures(smoke, monkeypatch):
+    _, folders, results = smoke
+    text = (folders.table / "results.md").read_text()
+    for ending in ("md", "png", "svg"):
+        (folders.table / f"results.{ending}").unlink()
+    monkeypatch.setattr(reproduce, "table_names", lambda: [folders.table.name])
+    again = reproduce.main([folders.table.name, "--render", "--output_dir", str(folders.table.parent)])
+    assert json.dumps(again) == json.dumps(results)
+    assert (folders.table / "results.md").read_text() == text
+    assert "relative BOPs" in (folders.table / "results.svg").read_text()
+    assert (folders.table / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert len(set(picture.COLORS)) == len(picture.COLORS) == len(set(picture.MARKERS))

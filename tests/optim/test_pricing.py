@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model
-from hf_geta.compress import measure_compression
+from hf_geta.compress import measure_compression, output_difference
 from hf_geta.optim.schedule import Stage
 from tests.optim.test_qasso import OPTIMIZERS, TOTAL_STEPS, batch, tiny_vit, train
 
@@ -187,8 +187,5 @@ def test_an_ablation_leaves_out_its_part_and_nothing_else(part, expected):
         assert bits.max() <= 4
     axes = model.geta.qadg.axes
     assert all(axis.name.endswith(".rows") for axis in axes) == (expected == "rows")
-    inputs = {"pixel_values": batch(7)["pixel_values"]}
-    with torch.no_grad():
-        difference = small(**inputs).logits - model.eval()(**inputs).logits
-    # summing fewer zeros may flip the rounding of an activation
-    assert difference.norm() < 0.02 * model(**inputs).logits.norm()
+    # summing fewer zeros may flip the rounding of an activation, by one step of 8 bits
+    assert output_difference(model, small, {"pixel_values": batch(7)["pixel_values"]}) < 0.01

@@ -216,7 +216,9 @@ class GETATrainer(DistillingTrainer):
         Raises:
             RuntimeError: if it does not, which is a bug in the search space; nothing is saved then.
         """
-        if self.qasso is not None and int(self.qasso.removed.sum()) != self.qasso.groups_to_remove:
+        if self.qasso is not None and (
+            self.stage is not Stage.COOLDOWN or int(self.qasso.removed.sum()) != self.qasso.groups_to_remove
+        ):
             logger.warning(
                 "the run ended in its %s stage, after %d of %d planned optimizer steps: %d of %d groups are removed.",
                 self.stage.label,
@@ -238,10 +240,12 @@ class GETATrainer(DistillingTrainer):
 
     def _save_compressed(self, directory: Path) -> None:
         small = self.finalize()
+        cost = measure_compression(self.model, finalized=True)
         report = {
             "architecture": type(self.model).__name__,
             "base_model": _hub_name(self.model.config._name_or_path),
-            "compressed": measure_compression(self.model, finalized=True).summary(),
+            "compressed": cost.summary(),
+            "operations": cost.rows(),
             "geta": self.geta_config.to_dict() if self.geta_config else {},
             "versions": {"hf_geta": __version__, "transformers": transformers.__version__},
         }

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import itertools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,66 +107,57 @@ def allocate(
         `Allocation`. What the last move saved beyond the budget goes back into wider widths, as far as it reaches: no
         width can be raised without leaving the budget.
     """
-    state = _State(budget, choices.removed, [widths[-1] for widths in choices.widths])
-    rises = [[sum(group_rises[group] for group in block) for block in axis] for axis in choices.blocks]
-    taken = [0] * len(choices.blocks)  # blocks, per axis
-    room = choices.most_removed - sum(choices.removed)
-    price = 0.0
-
-    def rise_and_saving(kind: int, index: int) -> tuple[float, float] | None:
-        """Of the next move of an axis (kind 0) or a quantizer (kind 1); None if there is none left."""
-        if kind == 0:
-            if taken[index] >= len(rises[index]) or len(choices.blocks[index][taken[index]]) > room:
-                return None
-            return rises[index][taken[index]], state.saving_of_groups(index, len(choices.blocks[index][taken[index]]))
-        narrower = _neighbour(choices.widths[index], state.bits[index], -1)
-        if narrower is None:
-            return None
-        rise = noise[index] * _noise_step(narrower, state.bits[index], signed[index])
-        return rise, state.saving_of_width(index, narrower)
-
+    state = _State(budget, choices, group_rises, noise, signed)
     # Every move makes the others save less, so a ratio only grows: the one on top, if still right, is the least.
-    heap: list[tuple[float, int, int]] = []
-    moves = itertools.chain(((0, a) for a in range(len(taken))), ((1, q) for q in range(len(choices.widths))))
-    for kind, index in moves:
-        _push(heap, kind, index, rise_and_saving(kind, index))
+    heap = [(state.ratio(move), move) for move in state.all_moves()]
+    heapq.heapify(heap)
+    price = 0.0
     while heap and not state.fits():
-        _, kind, index = heapq.heappop(heap)
-        move = rise_and_saving(kind, index)
-        if move is None:
+        _, move = heapq.heappop(heap)
+        ratio = state.ratio(move)
+        if ratio == math.inf:
             continue
-        ratio = _ratio(*move)
-        if heap and ratio > heap[0][0]:
-            heapq.heappush(heap, (ratio, kind, index))
-            continue
-        price = max(price, ratio)
-        if kind == 0:
-            size = len(choices.blocks[index][taken[index]])
-            state.remove_groups(index, size)
-            room -= size
-            taken[index] += 1
-        else:
-            state.set_width(index, _neighbour(choices.widths[index], state.bits[index], -1) or 0)
-        _push(heap, kind, index, rise_and_saving(kind, index))
-    _spend_slack(state, choices, noise, signed)
-    groups = [g for axis, count in zip(choices.blocks, taken) for block in axis[:count] for g in block]
-    return Allocation(tuple(groups), tuple(state.bits), state.exact_cost(), price)
+        if not heap or ratio <= heap[0][0]:
+            state.take(move)
+            price, ratio = max(price, ratio), state.ratio(move)  # of the next one of its kind
+        heapq.heappush(heap, (ratio, move))
+    state.spend_slack()
+    return Allocation(tuple(state.groups), tuple(state.bits), state.exact_cost(), price)
+
+
+# What shrinks by one step: an axis or a quantizer, and its number.
+Move = tuple[Literal["axis", "width"], int]
 
 
 class _State:
-    """The cost as moves are taken, term by term."""
+    """The cost as moves are taken, term by term, and what each next move would change."""
 
-    def __init__(self, budget: Budget, removed: Sequence[int], bits: Sequence[int]) -> None:
-        self.budget, self.removed, self.bits = budget, list(removed), list(bits)
-        self.of_axis: list[list[int]] = [[] for _ in removed]
-        self.of_quantizer: list[list[int]] = [[] for _ in bits]
+    def __init__(
+        self,
+        budget: Budget,
+        choices: Choices,
+        group_rises: Sequence[float],
+        noise: Sequence[float],
+        signed: Sequence[bool],
+    ) -> None:
+        self.budget, self.choices, self.noise, self.signed = budget, choices, noise, signed
+        self.removed, self.bits = list(choices.removed), [widths[-1] for widths in choices.widths]
+        self.groups: list[int] = []
+        self.room = choices.most_removed - sum(choices.removed)
+        self.taken = [0] * len(choices.blocks)  # blocks, per axis
+        self.block_rises = [[sum(group_rises[group] for group in block) for block in axis] for axis in choices.blocks]
+        self.terms_of: dict[Move, list[int]] = {move: [] for move in self.all_moves()}
         for number, term in enumerate(budget.terms):
             for axis in {axis for dim in term.dims for axis, _ in dim}:
-                self.of_axis[axis].append(number)
+                self.terms_of["axis", axis].append(number)
             for row in set(term.quantizers):
-                self.of_quantizer[row].append(number)
+                self.terms_of["width", row].append(number)
         self.costs = [_term_cost(term, self.removed, self.bits) for term in budget.terms]
         self.cost = self.exact_cost()
+
+    def all_moves(self) -> list[Move]:
+        axes, widths = range(len(self.choices.blocks)), range(len(self.choices.widths))
+        return [*(("axis", axis) for axis in axes), *(("width", row) for row in widths)]
 
     def exact_cost(self) -> float:
         return self.budget.constant + math.fsum(self.costs)
@@ -177,34 +168,80 @@ class _State:
             self.cost = self.exact_cost()
         return self.cost <= self.budget.target
 
-    def saving_of_groups(self, axis: int, count: int) -> float:
-        self.removed[axis] += count
-        saving = self._saving(self.of_axis[axis])
-        self.removed[axis] -= count
-        return saving
+    def ratio(self, move: Move) -> float:
+        """Rise of the loss per saved cost; infinite where there is no such move, or it saves nothing."""
+        kind, number = move
+        if kind == "width":
+            narrower = self._neighbour(number, -1)
+            return math.inf if narrower is None else self._width_ratio(number, narrower)
+        block = self._next_block(number)
+        if not block or len(block) > self.room:
+            return math.inf
+        self.removed[number] += len(block)
+        saving = self._saving(move)
+        self.removed[number] -= len(block)
+        return self.block_rises[number][self.taken[number]] / saving if saving > 0 else math.inf
 
-    def saving_of_width(self, row: int, bits: int) -> float:
+    def take(self, move: Move) -> None:
+        kind, number = move
+        if kind == "width":
+            self.bits[number] = self._neighbour(number, -1) or 0
+        else:
+            block = self._next_block(number)
+            self.groups += block
+            self.removed[number] += len(block)
+            self.room -= len(block)
+            self.taken[number] += 1
+        self._update(move)
+
+    def spend_slack(self) -> None:
+        """Widen widths, those first that lower the loss most per cost, while the budget holds."""
+        self.cost = self.exact_cost()
+        open_rows = set(range(len(self.bits)))
+        while open_rows:
+            ratios = []
+            for row in sorted(open_rows):
+                wider = self._neighbour(row, 1)
+                if wider is None or self.cost - self._saving_of_width(row, wider) > self.budget.target:
+                    open_rows.discard(row)  # costs only grow from here
+                else:
+                    ratios.append((self._width_ratio(row, wider), row, wider))
+            if ratios:
+                _, row, wider = max(ratios)
+                self.bits[row] = wider
+                self._update(("width", row))
+
+    def _next_block(self, axis: int) -> Sequence[int]:
+        blocks = self.choices.blocks[axis]
+        return blocks[self.taken[axis]] if self.taken[axis] < len(blocks) else ()
+
+    def _neighbour(self, row: int, step: int) -> int | None:
+        """The next allowed width below (-1) or above (1), None at the end."""
+        widths = self.choices.widths[row]
+        place = widths.index(self.bits[row]) + step
+        return widths[place] if 0 <= place < len(widths) else None
+
+    def _width_ratio(self, row: int, bits: int) -> float:
+        """Change of the loss over change of the cost, if a width becomes `bits`; infinite where the cost stays."""
+        saving = self._saving_of_width(row, bits)
+        power = levels(bits, self.signed[row]) ** -2 - levels(self.bits[row], self.signed[row]) ** -2
+        return self.noise[row] * power / saving if saving else math.inf
+
+    def _saving_of_width(self, row: int, bits: int) -> float:
         before, self.bits[row] = self.bits[row], bits
-        saving = self._saving(self.of_quantizer[row])
+        saving = self._saving(("width", row))
         self.bits[row] = before
         return saving
 
-    def remove_groups(self, axis: int, count: int) -> None:
-        self.removed[axis] += count
-        self._update(self.of_axis[axis])
+    def _saving(self, move: Move) -> float:
+        """Of the counts and widths as they are, against `costs`."""
+        terms = self.budget.terms
+        return sum(self.costs[i] - _term_cost(terms[i], self.removed, self.bits) for i in self.terms_of[move])
 
-    def set_width(self, row: int, bits: int) -> None:
-        self.bits[row] = bits
-        self._update(self.of_quantizer[row])
-
-    def _saving(self, numbers: Sequence[int]) -> float:
-        return sum(self.costs[i] - _term_cost(self.budget.terms[i], self.removed, self.bits) for i in numbers)
-
-    def _update(self, numbers: Sequence[int]) -> None:
-        for i in numbers:
-            cost = _term_cost(self.budget.terms[i], self.removed, self.bits)
-            self.cost += cost - self.costs[i]
-            self.costs[i] = cost
+    def _update(self, move: Move) -> None:
+        self.cost -= self._saving(move)
+        for i in self.terms_of[move]:
+            self.costs[i] = _term_cost(self.budget.terms[i], self.removed, self.bits)
 
 
 def _term_cost(term: CostTerm, removed: Sequence[int], bits: Sequence[float]) -> float:
@@ -214,42 +251,3 @@ def _term_cost(term: CostTerm, removed: Sequence[int], bits: Sequence[float]) ->
     for row in term.quantizers:
         cost *= bits[row]
     return cost
-
-
-def _spend_slack(state: _State, choices: Choices, noise: Sequence[float], signed: Sequence[bool]) -> None:
-    """Widen widths, those first that lower the loss most per cost, while the budget holds."""
-    state.cost = state.exact_cost()
-    while True:
-        best: tuple[float, int, int] | None = None
-        for row, widths in enumerate(choices.widths):
-            wider = _neighbour(widths, state.bits[row], 1)
-            if wider is None or state.cost - state.saving_of_width(row, wider) > state.budget.target:
-                continue
-            gain = noise[row] * _noise_step(state.bits[row], wider, signed[row])
-            ratio = _ratio(gain, -state.saving_of_width(row, wider))
-            if best is None or ratio > best[0]:
-                best = ratio, row, wider
-        if best is None:
-            return
-        state.set_width(*best[1:])
-
-
-def _push(heap: list[tuple[float, int, int]], kind: int, index: int, move: tuple[float, float] | None) -> None:
-    if move is not None:
-        heapq.heappush(heap, (_ratio(*move), kind, index))
-
-
-def _ratio(rise: float, saving: float) -> float:
-    """Rise per saving; what saves nothing comes last."""
-    return rise / saving if saving > 0 else math.inf
-
-
-def _neighbour(widths: Sequence[int], bits: int, step: int) -> int | None:
-    """The next allowed width below (-1) or above (1), None at the end."""
-    place = widths.index(bits) + step
-    return widths[place] if 0 <= place < len(widths) else None
-
-
-def _noise_step(narrower: float, wider: float, signed: bool) -> float:
-    """1 / levels^2 of the narrower width over that of the wider one."""
-    return levels(narrower, signed) ** -2 - levels(wider, signed) ** -2

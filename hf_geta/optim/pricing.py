@@ -48,11 +48,12 @@ class Pricing:
         ceilings: (quantizers,) the widths that the last decision left, in bits; upper bounds while the run goes on.
         price: of the last move of the last decision: loss per cost, both as `allocate` counts them.
         cost: C that the last decision leads to.
-        groups_to_remove: groups chosen so far.
 
     Raises:
         ValueError: when no choice of groups and widths reaches the budget.
     """
+
+    groups_to_remove: int | None = None  # nobody says how many
 
     def __init__(
         self,
@@ -66,7 +67,6 @@ class Pricing:
         self.budget = budget
         share = 1.0 if config.group_sparsity is None else config.group_sparsity
         self.most_removed = round(share * space.num_groups)
-        self.groups_to_remove = 0
         self.signed = [quantizer.signed for quantizer in widths.quantizers]
         self.scores = torch.zeros(space.num_groups, device=widths.signed.device)
         self.noise = torch.zeros_like(widths.signed)
@@ -108,7 +108,6 @@ class Pricing:
         found = self._solve(budget, rises, self.noise.double().tolist(), removed, most_removed)
         self.ceilings = torch.tensor(found.bits, dtype=torch.float32).to(self.ceilings.device)
         self.price, self.cost = found.price, found.cost
-        self.groups_to_remove = int(removed.sum()) + len(found.groups)
         self.scores *= MEMORY
         self.noise *= MEMORY
         chosen = torch.zeros_like(removed)
@@ -165,8 +164,7 @@ class Pricing:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        names = ("scores", "noise", "ceilings", "price", "cost", "groups_to_remove")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("scores", "noise", "ceilings", "price", "cost")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

@@ -97,7 +97,8 @@ class QASSO(OptimizerWrapper):
     @property
     def groups_to_remove(self) -> int:
         """K; with a budget, as many as the price has chosen so far."""
-        return self.targets.groups_to_remove
+        asked = self.targets.groups_to_remove
+        return int((self.removed | self.redundant).sum()) if asked is None else asked
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

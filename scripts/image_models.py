@@ -40,6 +40,9 @@ class ModelArguments:
     head_learning_rate: float | None = dataclasses.field(
         default=None, metadata={"help": "Learning rate of the new head, where it differs from learning_rate."}
     )
+    teacher_model_name_or_path: str | None = dataclasses.field(
+        default=None, metadata={"help": "Model whose outputs are followed while it trains, mostly the dense twin."}
+    )
     compress: bool = dataclasses.field(
         default=True, metadata={"help": "false trains the dense twin: same model, data and steps, no compression."}
     )

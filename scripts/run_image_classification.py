@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             model=model,
             args=args,
             geta_config=geta_config if model_args.compress else None,
+            teacher_model=model_args.teacher_model_name_or_path if model_args.compress else None,
             train_dataset=ImageDataset(train_images, processor, **augmentation),
             eval_dataset=eval_dataset,
             processing_class=processor,

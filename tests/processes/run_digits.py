@@ -1,4 +1,4 @@
-"""A tiny GETA run on handwritten digits, as a program: `run_digits.py OUTPUT_DIR [CHECKPOINT]`.
+"""A tiny GETA run on handwritten digits, as a program: `run_digits.py TARGETS OUTPUT_DIR [CHECKPOINT]`.
 
 Under `accelerate launch` every process ends by comparing its weights with the others'. The last line of the main
 process is a digest of the trained weights.
@@ -18,6 +18,10 @@ from hf_geta import GETAConfig, GETATrainer
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
 IMAGES = {"image_size": 28, "patch_size": 7, "num_channels": 1, "num_labels": 10}
 STEPS = 60
+TARGETS = {
+    "share": GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=4),
+    "budget": GETAConfig(target_bops=0.01, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=4),
+}
 
 
 def digits():
@@ -32,7 +36,7 @@ def digest(model):
     return hashlib.sha256(b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in state)).hexdigest()
 
 
-def main(output_dir, checkpoint=None):
+def main(targets, output_dir, checkpoint=None):
     torch.manual_seed(0)
     trainer = GETATrainer(
         model=ViTForImageClassification(ViTConfig(**SIZES, **IMAGES)),
@@ -47,7 +51,7 @@ def main(output_dir, checkpoint=None):
             use_cpu=True,
             disable_tqdm=True,
         ),
-        geta_config=GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=4),
+        geta_config=TARGETS[targets],
         train_dataset=digits(),
     )
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForImageClassification
 
 import hf_geta  # noqa: F401  # or transformers cannot load what the runs saved
@@ -32,10 +33,13 @@ def is_whole(checkpoint):
     return True
 
 
-def kill_after_checkpoint(step, output_dir):
+def kill_after_checkpoint(step, targets, output_dir):
     """Start a run and kill it, as an out-of-memory killer would, some steps after checkpoint `step`."""
     process = subprocess.Popen(
-        [sys.executable, PROGRAM, output_dir], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        [sys.executable, PROGRAM, targets, output_dir],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
     )
     deadline = time.monotonic() + 300
     while not is_whole(output_dir / f"checkpoint-{step}"):
@@ -46,18 +50,20 @@ def kill_after_checkpoint(step, output_dir):
     assert process.wait() == -signal.SIGKILL
 
 
-def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("targets", ["share", "budget"])
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(targets, tmp_path):
     """Killed in the joint stage, at whatever instruction the signal arrives."""
-    uninterrupted = run(tmp_path / "whole")
-    kill_after_checkpoint(30, tmp_path / "killed")
+    uninterrupted = run(targets, tmp_path / "whole")
+    kill_after_checkpoint(30, targets, tmp_path / "killed")
     whole = [path for path in (tmp_path / "killed").glob("checkpoint-*") if is_whole(path)]
     last = max(whole, key=lambda path: int(path.name.split("-")[1]))
     assert int(last.name.split("-")[1]) < 60
-    assert run(tmp_path / "resumed", last) == uninterrupted
+    assert run(targets, tmp_path / "resumed", last) == uninterrupted
 
 
-def test_two_processes_end_with_the_same_weights_and_one_small_model(tmp_path):
+@pytest.mark.parametrize("targets", ["share", "budget"])
+def test_two_processes_end_with_the_same_weights_and_one_small_model(targets, tmp_path):
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", DDP_CONFIG)
-    run(tmp_path, launcher=launcher)
+    run(targets, tmp_path, launcher=launcher)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
     assert model.config.quantization_config.quant_method == "geta"

@@ -1,0 +1,91 @@
+"""Clips move with widths: by the ratio of what suits the new width to what suited the old."""
+
+import pytest
+import torch
+
+from hf_geta.optim.clips import move_clips_
+from hf_geta.optim.widths import WidthTable
+from hf_geta.quantization.histogram import MagnitudeHistogram
+from hf_geta.quantization.quantizers import Quantizer
+
+
+def weight(seed=0):
+    """Gaussian, as weights mostly are: the largest of 4,096 lies at about four standard deviations."""
+    return torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def quantizer_of(tensor, bits=8.0, channel_shape=None):
+    quantizer = Quantizer(channel_shape)
+    quantizer.initialize_(tensor, bits)
+    return quantizer
+
+
+def move(quantizer, tensor, bits):
+    widths = WidthTable([quantizer])
+    bounds = torch.tensor([float(bits)])
+    move_clips_(widths, [tensor], bounds, bounds)
+    widths.project_(bounds, bounds)
+
+
+@torch.no_grad()
+def error(quantizer, tensor):
+    return float((quantizer(tensor) - tensor).square().sum())
+
+
+@pytest.mark.parametrize("channel_shape", [None, (64, 1)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_narrower_width_with_its_own_clip_rounds_better(bits, channel_shape):
+    tensor = weight()
+    moved, unmoved = (quantizer_of(tensor, 8.0, channel_shape) for _ in range(2))
+    move(moved, tensor, bits)
+    bounds = torch.tensor([float(bits)])
+    WidthTable([unmoved]).project_(bounds, bounds)
+    assert moved.bits == unmoved.bits == bits
+    assert error(moved, tensor) < error(unmoved, tensor)
+
+
+def test_what_was_learned_about_a_clip_is_kept():
+    tensor = weight()
+    plain, learned = quantizer_of(tensor), quantizer_of(tensor)
+    with torch.no_grad():
+        learned.log_clip_max.add_(0.5)
+    for quantizer in (plain, learned):
+        move(quantizer, tensor, 3)
+    assert float(learned.log_clip_max - plain.log_clip_max) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_there_and_back_again():
+    tensor = weight()
+    quantizer = quantizer_of(tensor)
+    before = float(quantizer.log_clip_max)
+    move(quantizer, tensor, 2)
+    assert float(quantizer.log_clip_max) < before - 0.5
+    move(quantizer, tensor, 8)
+    assert float(quantizer.log_clip_max) == pytest.approx(before, abs=1e-6)
+
+
+def test_widths_that_stay_inside_their_bounds_leave_their_clips_alone():
+    tensor = weight()
+    quantizer = quantizer_of(tensor, 5.0)
+    before = quantizer.log_clip_max.clone()
+    move_clips_(WidthTable([quantizer]), [tensor], torch.tensor([2.0]), torch.tensor([8.0]))
+    assert torch.equal(quantizer.log_clip_max, before)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_an_input_moves_by_what_calibration_saw(signed):
+    seen = weight() if signed else weight().abs()
+    histogram = MagnitudeHistogram(torch.device("cpu"))
+    histogram.add(seen)
+    quantizer = Quantizer(learn_exponent=False)
+    quantizer.set_range_(histogram.clip_max(8), 8, histogram.signed)
+    quantizer.log_clips = histogram.log_clips()
+    move(quantizer, None, 3)
+    assert float(quantizer.clip_max) == pytest.approx(float(histogram.clip_max(3)), rel=1e-6)
+
+
+def test_an_input_that_was_never_calibrated_keeps_its_clip():
+    quantizer = Quantizer(learn_exponent=False)
+    before = quantizer.log_clip_max.clone()
+    move(quantizer, None, 4)
+    assert torch.equal(quantizer.log_clip_max, before)

@@ -29,10 +29,12 @@ from hf_geta.config import GETAConfig
 from hf_geta.graph.build import build_qadg
 from hf_geta.graph.layerwise import layerwise
 from hf_geta.graph.qadg import QADG, Axis
+from hf_geta.graph.search_space import quantizer_tensors
 from hf_geta.graph.tracing import float_tensors
 from hf_geta.optim.budget import Budget
 from hf_geta.optim.cost_terms import bops_budget, size_budget
 from hf_geta.optim.qasso import QASSO
+from hf_geta.optim.quantizers import NumberedQuantizers
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable, nearest_allowed
 from hf_geta.quantization.calibration import calibrate_
@@ -98,9 +100,8 @@ def prepare_model(
 
 
 def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inputs]) -> None:
-    bits = config.activation_bits or config.weight_bits or [config.initial_bits]
     try:
-        calibrate_(model, batches, config.initial_bits, clip_bits=bits[-1])  # clips that suit the width to come
+        calibrate_(model, batches, config.initial_bits)
     except (LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(model).__name__} does not take a calibration batch: {error!r}.") from error
 
@@ -120,7 +121,6 @@ def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps:
         ValueError: if `model` is not prepared, nothing prunable trains, or the stages do not fit `total_steps`.
     """
     preparation = preparation_of(model)
-    weights, activations = _quantizers(model)
     parameters = _prunable_parameters(model)
     axes = [
         axis
@@ -133,36 +133,28 @@ def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps:
             "group_sparsity=0."
         )
     space = PruningSpace(axes, parameters)
-    budget = _budget(model, axes, weights, activations)
-    tensors = {name: parameters[name] for name in weights}
-    return QASSO(base, preparation.config, total_steps, space, weights, activations, tensors, budget)
+    quantizers = NumberedQuantizers.of(quantized_layers(model))
+    budget = _budget(model, axes, quantizers)
+    return QASSO(base, preparation.config, total_steps, space, quantizers, budget)
 
 
-def _budget(
-    model: nn.Module, axes: Sequence[Axis], weights: Mapping[str, Quantizer], activations: Sequence[Quantizer]
-) -> Budget | None:
-    """The cost model of the config's budget over `axes`, its quantizers numbered as in QASSO; None without a budget."""
+def _budget(model: nn.Module, axes: Sequence[Axis], quantizers: NumberedQuantizers) -> Budget | None:
+    """The cost model of the config's budget over `axes`; None without a budget."""
     config, qadg = preparation_of(model).config, preparation_of(model).qadg
-    if not config.has_budget:
-        return None
-    quantizers = [*{id(q): q for q in weights.values()}.values(), *activations]
-    row_of = {id(quantizer): row for row, quantizer in enumerate(quantizers)}
-    weight_rows = {name: row_of[id(quantizer)] for name, quantizer in weights.items()}
     if config.target_bops is not None:
         shapes = {name: tuple(p.shape) for name, p in _prunable_parameters(model).items()}
-        input_rows = {
-            f"{name}.weight": row_of[id(layer.input_quantizer)]
+        return bops_budget(
+            config.target_bops, qadg.operations, axes, shapes, quantizers.weight_rows, quantizers.input_rows
+        )
+    if config.target_size_bytes is not None:
+        tensors = {**_prunable_parameters(model, remove_duplicate=True), **_saved_buffers(model)}
+        channel_dims = {
+            f"{name}.weight": layer.channel_dim
             for name, layer in quantized_layers(model).items()
-            if id(layer.input_quantizer) in row_of
+            if layer.weight_quantizer.log_channel_scale is not None
         }
-        return bops_budget(config.target_bops, qadg.operations, axes, shapes, weight_rows, input_rows)
-    tensors = {**_prunable_parameters(model, remove_duplicate=True), **saved_buffers(model)}
-    per_channel = {
-        f"{name}.weight": layer.channel_dim
-        for name, layer in quantized_layers(model).items()
-        if layer.weight_quantizer.log_channel_scale is not None
-    }
-    return size_budget(config.target_size_bytes or 0, tensors, axes, weight_rows, per_channel)
+        return size_budget(config.target_size_bytes, tensors, axes, quantizers.weight_rows, channel_dims)
+    return None
 
 
 @torch.no_grad()
@@ -279,12 +271,13 @@ def _prunable_parameters(model: nn.Module, remove_duplicate: bool = False) -> di
     return {name: p for name, p in named if id(p) not in owned}
 
 
-def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a weight file holds; quantizers have none."""
-    persistent = model.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a weight file will hold: persistent, and not a quantizer's."""
+    names = set(model.state_dict()) - set(quantizer_tensors(model))
+    return {name: buffer for name, buffer in model.named_buffers() if name in names}
 
 
+@torch.no_grad()
 def _round_widths_(model: nn.Module, config: GETAConfig) -> None:
     weights, activations = _quantizers(model)
     for name, quantizers in (("weight_bits", list(weights.values())), ("activation_bits", activations)):

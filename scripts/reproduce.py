@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         results["summary"] = summarize(results["runs"])
     else:
         plan = load_plan(arguments.table, arguments.quick, arguments.seeds, arguments.rows)
-        results = run_table(plan, folders, arguments.workers, _command(sys.argv[1:] if argv is None else argv))
+        results = run_table(plan, folders, arguments.workers, _command(arguments))
     write(results, folders.table)
     print(markdown.render(results))
     return results
@@ -160,9 +160,14 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _command(argv: Sequence[str]) -> list[str]:
-    """The command line for the results; where the data lay on this machine helps nobody."""
-    return ["DIR" if before == "--data_dir" else word for before, word in zip(["", *argv], argv)]
+def _command(arguments: argparse.Namespace) -> list[str]:
+    """The command line for the results; where folders lay on this machine helps nobody."""
+    words = [arguments.table, *["--quick"] * arguments.quick]
+    if arguments.seeds is not None:
+        words += ["--seeds", str(arguments.seeds)]
+    if arguments.rows:
+        words += ["--rows", *arguments.rows]
+    return words
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta.graph.qadg import QADG, Axis, Member
+from hf_geta.graph.tracing import OUTPUT
 
 LAYERS = (nn.Linear, nn.Conv2d, Conv1D)
 
@@ -23,12 +24,7 @@ def layerwise(qadg: QADG, model: nn.Module) -> QADG:
     Args:
         qadg: the dependency graph of `model`; its operations are kept, whole where they hold no weight.
     """
-    outputs = {
-        dimension
-        for frozen in qadg.frozen
-        if frozen.reason == "an output of the model"
-        for dimension in frozen.dimensions
-    }
+    outputs = {dimension for frozen in qadg.frozen if frozen.reason == OUTPUT for dimension in frozen.dimensions}
     axes = []
     for name in dict.fromkeys(operation.weight for operation in qadg.operations if operation.weight):
         layer = model.get_submodule(name.rpartition(".")[0])

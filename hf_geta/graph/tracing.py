@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 TALKERS = ("torch._subclasses.fake_tensor", "torch.export", "torch.fx.experimental.symbolic_shapes")
-CONSTANT, INPUT = "a constant of the forward", "an input of the model"
+CONSTANT, INPUT, OUTPUT = "a constant of the forward", "an input of the model", "an output of the model"
 
 
 @dataclass

@@ -17,7 +17,7 @@ from hf_geta.graph.capture import Capture
 from hf_geta.graph.integers import Expression, SizeOf, substitute
 from hf_geta.graph.rules import Axes, TensorAxes, find_rule
 from hf_geta.graph.rules.registry import KEEPS_ZEROS
-from hf_geta.graph.tracing import CONSTANT, INPUT
+from hf_geta.graph.tracing import CONSTANT, INPUT, OUTPUT
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Walk:
                 results = fx.map_arg(node.args, lambda result: self._values[result])[0]
                 if inputs is None:
                     for tensor in _flat_tensors(results):
-                        self.axes.freeze(tensor, "an output of the model")
+                        self.axes.freeze(tensor, OUTPUT)
                 return results
         return None
 

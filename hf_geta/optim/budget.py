@@ -185,7 +185,9 @@ class _State:
     def take(self, move: Move) -> None:
         kind, number = move
         if kind == "width":
-            self.bits[number] = self._neighbour(number, -1) or 0
+            narrower = self._neighbour(number, -1)
+            assert narrower is not None  # `ratio` was finite
+            self.bits[number] = narrower
         else:
             block = self._next_block(number)
             self.groups += block

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,10 @@ from hf_geta.optim.widths import WidthTable, log_levels
 GROUP_FACTOR = 0.25
 # What a decision leaves of the sums for the next one: few steps lie between two, and their gradients are noisy.
 MEMORY = 0.5
+# Surcharges per group, from 2^-10 to 2^10 times the largest rise, that are tried where a cap on groups binds.
+SURCHARGE_DOUBLINGS = 21
+
+logger = logging.getLogger(__name__)
 
 
 class Pricing:
@@ -70,7 +75,7 @@ class Pricing:
         self.signed = [quantizer.signed for quantizer in widths.quantizers]
         self.scores = torch.zeros(space.num_groups, device=widths.signed.device)
         self.noise = torch.zeros_like(widths.signed)
-        self.ceilings = torch.tensor([float(bits[-1]) for bits in allowed_bits]).to(self.noise.device)
+        self.ceilings = torch.full_like(self.noise, float(config.initial_bits))  # none before the first decision
         self.price, self.start = 0.0, self._cost_before()
         self.cost = self.start
         self._check_reachable()
@@ -95,6 +100,10 @@ class Pricing:
     def final_bits(self, removed: Tensor) -> Tensor:
         """The widths, (quantizers,), that the whole budget leaves to the groups that are left."""
         self._allocate(self.budget.target, removed, int(removed.sum()))
+        if self.cost > self.budget.target * (1 + 1e-9):  # rounding of sums
+            logger.warning(
+                "the budget is %g, but %g is left with every width at its bound.", self.budget.target, self.cost
+            )
         return self.ceilings
 
     def gap(self, removed: Tensor) -> float:
@@ -105,7 +114,8 @@ class Pricing:
     def _allocate(self, target: float, removed: Tensor, most_removed: int) -> Tensor:
         removed, rises = removed.cpu(), (GROUP_FACTOR * self.scores.double()).tolist()
         budget = dataclasses.replace(self.budget, target=target)
-        found = self._solve(budget, rises, self.noise.double().tolist(), removed, most_removed)
+        noise = self.noise.double().tolist()
+        found = self._solve(budget, self._with_surcharge(rises, noise, removed), noise, removed, most_removed)
         self.ceilings = torch.tensor(found.bits, dtype=torch.float32).to(self.ceilings.device)
         self.price, self.cost = found.price, found.cost
         self.scores *= MEMORY
@@ -113,6 +123,20 @@ class Pricing:
         chosen = torch.zeros_like(removed)
         chosen[list(found.groups)] = True
         return chosen
+
+    def _with_surcharge(self, rises: list[float], noise: list[float], removed: Tensor) -> list[float]:
+        """`rises`, plus as much per group as it takes to meet the whole budget with no more groups than may go.
+
+        Where `group_sparsity` caps the groups, those that save much must not be passed over for cheap ones.
+        """
+        surcharge, step = 0.0, max(rises, default=0.0) or 1.0
+        for doubling in range(SURCHARGE_DOUBLINGS):
+            raised = [rise + surcharge for rise in rises]
+            found = self._solve(self.budget, raised, noise, removed, self.most_removed)
+            if found.cost <= self.budget.target or int(removed.sum()) + len(found.groups) < self.most_removed:
+                return raised  # met, or not for want of groups
+            surcharge = step * 2.0 ** (doubling - SURCHARGE_DOUBLINGS // 2)
+        return raised
 
     def _solve(
         self, budget: Budget, rises: Sequence[float], noise: Sequence[float], removed: Tensor, most_removed: int
@@ -132,7 +156,10 @@ class Pricing:
         gone[list(groups)] = True
         counts = [int(flags.sum()) for flags in gone.split(self.space.axis_sizes)]
         structure = dataclasses.replace(choices, removed=counts, blocks=[()] * len(counts))
-        return dataclasses.replace(allocate(budget, structure, rises, noise, self.signed), groups=groups)
+        found = dataclasses.replace(allocate(budget, structure, rises, noise, self.signed), groups=groups)
+        if found.cost <= budget.target:
+            return found
+        return allocate(budget, choices, rises, noise, self.signed)  # its half was not enough: a common price after all
 
     def _open_blocks(self, scores: Tensor, removed: Tensor) -> list[list[list[int]]]:
         """Per axis, the groups that may still go, the least salient first, in the blocks in which they may."""
@@ -158,8 +185,8 @@ class Pricing:
         if found.cost > self.budget.target:
             raise ValueError(
                 f"the budget of {self.budget.target:g} cannot be met: with every width at its lower bound and as many "
-                f"groups removed as group_sparsity, min_groups and group_divisible allow, {found.cost:.4g} is left. "
-                "Raise the budget, lower weight_bits or activation_bits, or let more groups go."
+                f"groups removed as group_sparsity, min_groups and group_divisible allow, about {found.cost:.4g} "
+                "is left. Raise the budget, lower weight_bits or activation_bits, or let more groups go."
             )
 
     def state_dict(self) -> dict[str, Any]:

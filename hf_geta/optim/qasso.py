@@ -14,7 +14,7 @@ by a `Pricing` (as many groups and bits as one price leaves).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from hf_geta.optim.budget import Budget
 from hf_geta.optim.clips import move_clips_
 from hf_geta.optim.joint import forget_rate, joint_step_size
 from hf_geta.optim.pricing import Pricing
+from hf_geta.optim.quantizers import NumberedQuantizers
 from hf_geta.optim.redundant import RedundantEntries
 from hf_geta.optim.schedule import Schedule, Stage
 from hf_geta.optim.share import Share
@@ -45,9 +46,7 @@ class QASSO(OptimizerWrapper):
         config: the targets.
         total_steps: optimizer steps of the whole run.
         space: the model's pruning groups.
-        weight_quantizers: parameter name -> quantizer of that weight.
-        input_quantizers: quantizers of activations.
-        weights: parameter name -> the weight, for the names in `weight_quantizers`.
+        numbered: the model's quantizers; there may be none.
         budget: the cost to end at or below, if a price decides instead of `config.group_sparsity`.
 
     Raises:
@@ -63,22 +62,18 @@ class QASSO(OptimizerWrapper):
         config: GETAConfig,
         total_steps: int,
         space: PruningSpace,
-        weight_quantizers: Mapping[str, Quantizer],
-        input_quantizers: Sequence[Quantizer] = (),
-        weights: Mapping[str, Tensor] | None = None,
+        numbered: NumberedQuantizers,
         budget: Budget | None = None,
     ) -> None:
         self.config = config
         self.schedule = Schedule.from_config(config, total_steps)
         self.space = space
-        quantizers, rows, self.is_weight = _number(weight_quantizers, input_quantizers)
-        self.widths = WidthTable(quantizers, next((p.device for p in space.parameters), None))
+        self.weights = numbered.weights
+        self.widths = WidthTable(numbered.quantizers, next((p.device for p in space.parameters), None))
         # one row per parameter of the space, -1 without a quantizer
-        self.quantizer_rows = [rows.get(id(weight_quantizers.get(name)), -1) for name in space.parameter_names]
-        self.weights: list[Tensor | None] = [None] * len(quantizers)  # of each quantizer; None for those of inputs
-        for name, weight in (weights or {}).items():
-            self.weights[rows[id(weight_quantizers[name])]] = weight
-        _separate_quantizer_parameters_(base, quantizers, config.quantizer_learning_rate)
+        self.quantizer_rows = [numbered.weight_rows.get(name, -1) for name in space.parameter_names]
+        self.is_weight = torch.tensor([weight is not None for weight in numbered.weights], dtype=torch.bool)
+        _separate_quantizer_parameters_(base, numbered.quantizers, config.quantizer_learning_rate)
         super().__init__(base)
         self.step_count = 0
         device = self.widths.signed.device
@@ -87,11 +82,13 @@ class QASSO(OptimizerWrapper):
         self.removed = torch.zeros(space.num_groups, dtype=torch.bool, device=device)  # exactly zero by now
         self.redundant = torch.zeros_like(self.removed)  # being forgotten in the present period
         self.final_bits: Tensor | None = None
+        weight_bits, input_bits = (config.allowed_bits(name) or () for name in ("weight_bits", "activation_bits"))
+        self.allowed_bits = [input_bits if weight is None else weight_bits for weight in self.weights]
         self.targets: Share | Pricing
         if budget is None:
-            self.targets = Share(config, self.schedule, space, self.widths, self._allowed_bits())
+            self.targets = Share(config, self.schedule, space, self.widths, self.allowed_bits)
         else:
-            self.targets = Pricing(config, space, self.widths, self._allowed_bits(), budget)
+            self.targets = Pricing(config, space, self.widths, self.allowed_bits, budget)
         self._cache_index_sets()
 
     @property
@@ -136,12 +133,6 @@ class QASSO(OptimizerWrapper):
         values = torch.full_like(self.widths.signed, activation)
         return values.masked_fill_(self.is_weight, weight)
 
-    def _allowed_bits(self) -> list[Sequence[int]]:
-        """Per quantizer, the widths that it may end with, ascending."""
-        weight_bits = self.config.allowed_bits("weight_bits") or ()
-        input_bits = self.config.allowed_bits("activation_bits") or ()
-        return [weight_bits if weight is not None else input_bits for weight in self.weights]
-
     def _projection_step(self) -> None:
         self.targets.observe()
         bounds = self.width_bounds()
@@ -152,7 +143,7 @@ class QASSO(OptimizerWrapper):
 
     def _bounds_move(self) -> bool:
         """Whether the schedule moves a bound in this step."""
-        bits = {bits[-1] for bits in self._allowed_bits()}
+        bits = {bits[-1] for bits in self.allowed_bits}
         at = self.schedule.upper_bits_at
         return any(at(self.step_count, upper) != at(self.step_count - 1, upper) for upper in bits)
 
@@ -284,6 +275,10 @@ class QASSO(OptimizerWrapper):
                 f"this optimizer state has {len(own['removed'])} pruning groups, the model has {len(self.removed)}: "
                 "resume with the model and the configuration that the run began with."
             )
+        if set(own["targets"]) != set(self.targets.state_dict()):
+            raise ValueError(
+                "this optimizer state is of a run with other targets: a budget or a share of groups, as here."
+            )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "qasso"})
         device = self.removed.device
         self.step_count = int(own["step"])
@@ -292,16 +287,6 @@ class QASSO(OptimizerWrapper):
         self.final_bits = own["final_bits"].to(device, copy=True) if "final_bits" in own else None
         self.targets.load_state_dict(own["targets"])
         self._cache_index_sets()
-
-
-def _number(
-    weight_quantizers: Mapping[str, Quantizer], input_quantizers: Sequence[Quantizer]
-) -> tuple[list[Quantizer], dict[int, int], Tensor]:
-    """(the quantizers, each once and those of weights first; id -> row; which rows are of weights)."""
-    weights = list({id(quantizer): quantizer for quantizer in weight_quantizers.values()}.values())
-    quantizers = [*weights, *input_quantizers]
-    is_weight = torch.tensor([True] * len(weights) + [False] * len(input_quantizers), dtype=torch.bool)
-    return quantizers, {id(quantizer): row for row, quantizer in enumerate(quantizers)}, is_weight
 
 
 def _agreed(values: Tensor) -> Tensor:

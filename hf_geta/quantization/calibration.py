@@ -18,12 +18,13 @@ from hf_geta.quantization.quantizers import Quantizer
 logger = logging.getLogger(__name__)
 
 
-def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16, clip_bits: float = 8) -> list[str]:
+def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> list[str]:
     """Sets the input quantizers from what the float model feeds them; returns the names of the layers they belong to.
 
     Runs the model with every quantizer bypassed over `batches` (mappings, sequences or single tensors of inputs), then
-    gives each input quantizer the clip of least squared error at `clip_bits`, an unsigned grid where no input was
-    negative, and the step size of `bits`. A layer that no batch reaches keeps its input in float, which is logged.
+    gives each input quantizer the clip of least squared error at `bits` and an unsigned grid where no input was
+    negative; its `log_clips` remember the clips of other widths. A layer that no batch reaches keeps its input in
+    float, which is logged.
     Dropout is off; batch norms that were never trained normalize by the batch, as training will. Training mode,
     batch-norm statistics and random state are left as they were. Under torch.distributed every process calls it and
     all get the same result.
@@ -45,7 +46,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16, clip_
     _reduce(statistics, layers)
     for name, layer in layers.items():
         if layer.input_quantizer is not None and name in statistics:
-            clip_max = statistics[name].clip_max(clip_bits)
+            clip_max = statistics[name].clip_max(bits)
             layer.input_quantizer.set_range_(clip_max, bits, statistics[name].signed)
             layer.input_quantizer.log_clips = statistics[name].log_clips()
         else:

@@ -87,7 +87,7 @@ def located(spec: dict[str, Any], data_dir: str | None) -> tuple[str | None, str
         return None, spec["hub"]
     folder = Path(data_dir) / spec["folder"]
     if not folder.is_dir():
-        raise ValueError(f"{data_dir} has no folder {spec['folder']}: put {spec['hub']} there, or drop --data_dir.")
+        raise ValueError(f"--data_dir has no folder {spec['folder']}: put {spec['hub']} there, or drop --data_dir.")
     return str(folder), None
 
 

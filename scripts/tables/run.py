@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
+import hashlib
 import json
 import math
 import os
@@ -26,6 +28,7 @@ from transformers import (
     set_seed,
 )
 
+import hf_geta
 from hf_geta import GETAConfig, GETATrainer
 from hf_geta.optim.schedule import Stage
 from hf_geta.quantization.layers import quantized_layers
@@ -58,12 +61,20 @@ class Folders:
 
 
 def finished(run: Run, folders: Folders) -> dict[str, Any] | None:
-    """The result of an earlier run with the same settings."""
+    """The result of an earlier run with the same settings and the same library."""
     path = folders.result(run.name)
     if not path.exists() or (run.keeps_model and not folders.model(run.name).exists()):
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["settings"] == run.settings else None
+    same = result["settings"] == run.settings and result["library"] == library_digest()
+    return result if same else None
+
+
+@functools.cache
+def library_digest() -> str:
+    """A hash of the library's source: what another version measured is no result of this one."""
+    sources = sorted(Path(hf_geta.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
 def execute(run: Run, folders: Folders, images_path: Path) -> dict[str, Any]:
@@ -80,6 +91,7 @@ def execute(run: Run, folders: Folders, images_path: Path) -> dict[str, Any]:
         "figures": figures,
         "total_seconds": time.perf_counter() - started,
         "finished": datetime.datetime.now().isoformat(timespec="seconds"),
+        "library": library_digest(),
         "settings": run.settings,
     }
     path = folders.result(run.name)

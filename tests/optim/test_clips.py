@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
+from hf_geta import GETAConfig
 from hf_geta.optim.clips import move_clips_
+from hf_geta.optim.quantizers import NumberedQuantizers
 from hf_geta.optim.widths import WidthTable
+from hf_geta.quantization import calibrate_, quantize_modules_, quantized_layers
 from hf_geta.quantization.histogram import MagnitudeHistogram
 from hf_geta.quantization.quantizers import Quantizer
 
@@ -47,11 +51,12 @@ def test_a_narrower_width_with_its_own_clip_rounds_better(bits, channel_shape):
 def test_what_was_learned_about_a_clip_is_kept():
     tensor = weight()
     plain, learned = quantizer_of(tensor), quantizer_of(tensor)
-    with torch.no_grad():
+    with torch.no_grad():  # the same width, of larger steps
         learned.log_clip_max.add_(0.5)
+        learned.log_step_size.add_(0.5)
     for quantizer in (plain, learned):
         move(quantizer, tensor, 3)
-    assert float(learned.log_clip_max - plain.log_clip_max) == pytest.approx(0.5, abs=1e-6)
+    assert (learned.log_clip_max - plain.log_clip_max).item() == pytest.approx(0.5, abs=1e-6)
 
 
 def test_there_and_back_again():
@@ -81,7 +86,7 @@ def test_an_input_moves_by_what_calibration_saw(signed):
     quantizer.set_range_(histogram.clip_max(8), 8, histogram.signed)
     quantizer.log_clips = histogram.log_clips()
     move(quantizer, None, 3)
-    assert float(quantizer.clip_max) == pytest.approx(float(histogram.clip_max(3)), rel=1e-6)
+    assert quantizer.clip_max.item() == pytest.approx(float(histogram.clip_max(3)), rel=1e-6)
 
 
 def test_an_input_that_was_never_calibrated_keeps_its_clip():
@@ -89,3 +94,21 @@ def test_an_input_that_was_never_calibrated_keeps_its_clip():
     before = quantizer.log_clip_max.clone()
     move(quantizer, None, 4)
     assert torch.equal(quantizer.log_clip_max, before)
+
+
+def test_clips_that_come_down_with_their_widths_end_at_those_of_the_final_width():
+    """Whatever the way there, and however many bounds were passed."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    config = GETAConfig(activation_bits=[4, 4], weight_bits=[4, 4])
+    quantize_modules_(model, config)
+    calibrate_(model, [torch.randn(256, 16, generator=torch.Generator().manual_seed(0))], bits=config.initial_bits)
+    numbered = NumberedQuantizers.of(quantized_layers(model))
+    widths = WidthTable(numbered.quantizers)
+    for bits in (14, 12, 10, 8, 6, 4):
+        bounds = torch.full((len(numbered.quantizers),), float(bits))
+        move_clips_(widths, numbered.weights, bounds, bounds)
+        widths.project_(bounds, bounds)
+    for layer in quantized_layers(model).values():
+        quantizer = layer.input_quantizer
+        # sums of a few float32 logarithms
+        torch.testing.assert_close(quantizer.log_clip_max.detach(), quantizer.log_clips[4], rtol=0, atol=1e-5)

@@ -1,0 +1,45 @@
+"""All quantizers of a model in one order, by which every vector over them is indexed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from hf_geta.quantization.layers import QuantizedLayer
+from hf_geta.quantization.quantizers import Quantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class NumberedQuantizers:
+    """The enabled quantizers, each once: those of weights, then those of inputs.
+
+    Attributes:
+        quantizers: row -> quantizer.
+        weights: row -> the weight that it rounds; None for an input.
+        weight_rows, input_rows: name of a layer's weight -> row of the quantizer of that weight, of the layer's input.
+    """
+
+    quantizers: list[Quantizer]
+    weights: list[Tensor | None]
+    weight_rows: dict[str, int]
+    input_rows: dict[str, int]
+
+    @classmethod
+    def of(cls, layers: Mapping[str, QuantizedLayer]) -> NumberedQuantizers:
+        """Number the quantizers of layers by module name; a shared one has one row."""
+        of_weights = {f"{name}.weight": layer.weight_quantizer for name, layer in layers.items()}
+        inputs = {f"{name}.weight": layer.input_quantizer for name, layer in layers.items()}
+        of_inputs = {
+            name: quantizer for name, quantizer in inputs.items() if quantizer is not None and quantizer.enabled
+        }
+        quantizers = list({id(q): q for q in (*of_weights.values(), *of_inputs.values())}.values())
+        row_of = {id(quantizer): row for row, quantizer in enumerate(quantizers)}
+        weight_of = {row_of[id(layer.weight_quantizer)]: layer.weight for layer in layers.values()}
+        return cls(
+            quantizers,
+            [weight_of.get(row) for row in range(len(quantizers))],
+            {name: row_of[id(quantizer)] for name, quantizer in of_weights.items()},
+            {name: row_of[id(quantizer)] for name, quantizer in of_inputs.items()},
+        )

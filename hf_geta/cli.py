@@ -23,7 +23,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from hf_geta.checkpoint.models import build_skeleton, load_model
-from hf_geta.config import OPTIONAL_AXES
+from hf_geta.config_checks import OPTIONAL_AXES
 
 if TYPE_CHECKING:
     from hf_geta.graph.qadg import QADG

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-GRANULARITIES = ("tensor", "channel")
-SALIENCIES = ("magnitude", "taylor", "fisher", "mix")
-MIXED_SALIENCIES = SALIENCIES[:3]  # what "mix" mixes, in the order of `saliency_weights`
-PARTS = ("qadg", "projection", "joint_rule")  # parts of the method that an ablation leaves out
+from hf_geta.config_checks import MAX_BITS, MIN_BITS, check_config, parse_bytes
+
 DEFAULT_GROUP_SPARSITY = 0.5
 OPTIONAL_AXES = ("query_head", "head_dim")  # kinds that are left alone unless they are asked for
-MIN_BITS, MAX_BITS = 2, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,57 +150,11 @@ class GETAConfig:
                 value = [value]
             if isinstance(value, list | tuple):
                 object.__setattr__(self, name, tuple(value))
+        if self.target_size is not None:
+            object.__setattr__(self, "target_size", str(self.target_size))  # YAML reads 4000000 as a number
         if self.group_sparsity is None and not self.has_budget:
             object.__setattr__(self, "group_sparsity", DEFAULT_GROUP_SPARSITY)
-        for name in ("group_sparsity", "initial_bits", "warmup_steps", "projection_steps", "joint_steps"):
-            value = getattr(self, name)
-            if not (isinstance(value, int | float) or (value is None and name == "group_sparsity")):
-                raise ValueError(f"{name}={value!r}: write a number.")
-        if self.group_sparsity is not None and not 0 <= self.group_sparsity < 1:
-            raise ValueError(f"group_sparsity={self.group_sparsity}: a share in [0, 1); 0 keeps every group.")
-        if not MIN_BITS <= self.initial_bits <= MAX_BITS:
-            raise ValueError(f"initial_bits={self.initial_bits}: write a width from {MIN_BITS} to {MAX_BITS}.")
-        self._check_bits("weight_bits")
-        self._check_bits("activation_bits")
-        if self.weight_bits is None and self.activation_bits is not None:
-            raise ValueError(
-                f"activation_bits={self.activation_bits} without weight_bits: a layer rounds its weight whenever it "
-                "rounds its input; write weight_bits=(8, 8) or drop activation_bits."
-            )
-        if self.weight_bits is None and not self.prunes:
-            raise ValueError("weight_bits=None and group_sparsity=0 compress nothing: train with transformers.Trainer.")
-        self._check_budget()
-        _check_choice("granularity", self.granularity, GRANULARITIES)
-        _check_choice("saliency", self.saliency, SALIENCIES)
-        self._check_saliency_weights()
-        for kind in self.optional_axes:
-            _check_choice("optional_axes", kind, OPTIONAL_AXES)
-        for part in self.without:
-            _check_choice("without", part, PARTS)
-        if "projection" in self.without and self.has_budget:
-            raise ValueError(
-                "without='projection' leaves widths free, and no budget holds: write group_sparsity instead."
-            )
-        if self.has_budget and self.saliency != "fisher":
-            raise ValueError(
-                f"saliency={self.saliency!r} with a budget: groups and widths compete at one price, and only 'fisher' "
-                "measures both in one unit; write saliency='fisher'."
-            )
-        for name in ("bit_reduction", "pruning_periods", "min_groups", "group_divisible", "calibration_batches"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise ValueError(f"{name}={value}: write a whole number, 1 or more.")
-        for name in ("warmup_steps", "projection_steps", "joint_steps"):
-            value = getattr(self, name)
-            if not (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
-                raise ValueError(f"{name}={value}: write a share in [0, 1) or a whole number of steps.")
-        if not self.quantizer_learning_rate >= 0:
-            raise ValueError(f"quantizer_learning_rate={self.quantizer_learning_rate}: write 0 or more.")
-        if not 0 <= self.distillation_weight <= 1:
-            raise ValueError(f"distillation_weight={self.distillation_weight}: write a part of the loss, in [0, 1].")
-        if not self.distillation_temperature > 0:
-            raise ValueError(f"distillation_temperature={self.distillation_temperature}: write a number above 0.")
-        if not self.distillation_hidden_weight >= 0:
-            raise ValueError(f"distillation_hidden_weight={self.distillation_hidden_weight}: write 0 or more.")
+        check_config(self)
 
     @property
     def has_budget(self) -> bool:
@@ -219,7 +169,7 @@ class GETAConfig:
     @property
     def target_size_bytes(self) -> int | None:
         """`target_size` in bytes."""
-        return None if self.target_size is None else _parse_bytes(self.target_size)
+        return None if self.target_size is None else parse_bytes(self.target_size)
 
     def allowed_bits(self, name: str) -> tuple[int, ...] | None:
         """The widths that "weight_bits" or "activation_bits" allow at the end, ascending; None for float."""
@@ -229,47 +179,6 @@ class GETAConfig:
         if bits is None or len(bits) > 2 or self.discrete_bits:
             return bits
         return tuple(range(bits[0], bits[1] + 1))
-
-    def _check_budget(self) -> None:
-        if self.target_bops is not None and self.target_size is not None:
-            raise ValueError(f"target_bops={self.target_bops} and target_size={self.target_size!r}: write one of them.")
-        if self.target_bops is not None and not 0 < self.target_bops < 1:
-            raise ValueError(f"target_bops={self.target_bops}: a share of the dense model's, above 0 and below 1.")
-        if self.target_size is not None:
-            object.__setattr__(self, "target_size", str(self.target_size))  # YAML reads 4000000 as a number
-            _parse_bytes(self.target_size)
-
-    def _check_saliency_weights(self) -> None:
-        weights = self.saliency_weights
-        if weights is None:
-            return
-        if self.saliency != "mix":
-            raise ValueError(f"saliency_weights={weights} are parts of a mix: write saliency='mix', or drop them.")
-        if len(weights) != len(MIXED_SALIENCIES) or min(weights) < 0 or sum(weights) <= 0:
-            raise ValueError(
-                f"saliency_weights={weights}: write three numbers, 0 or more, for {', '.join(MIXED_SALIENCIES)}."
-            )
-
-    def _check_bits(self, name: str) -> None:
-        bits = getattr(self, name)
-        if bits is None:
-            return
-        if not isinstance(bits, tuple) or len(bits) < 2 or not all(isinstance(b, int) for b in bits):
-            raise ValueError(
-                f"{name}={bits}: write two whole numbers, the lower and the upper width, such as (4, 8), or all widths "
-                "that are allowed, such as (2, 4, 8)."
-            )
-        lower, upper = bits[0], bits[-1]
-        if len(bits) > 2 and list(bits) != sorted(set(bits)):
-            raise ValueError(f"{name}={bits}: write every allowed width once, in ascending order.")
-        if lower > upper:
-            raise ValueError(f"{name}={bits}: the lower bound comes first; write {name}=({upper}, {lower}).")
-        if lower < MIN_BITS or upper > MAX_BITS:
-            raise ValueError(f"{name}={bits}: widths go from {MIN_BITS} to {MAX_BITS} bits, the sign included.")
-        if upper > self.initial_bits:
-            raise ValueError(
-                f"{name}={bits} starts above initial_bits={self.initial_bits}: raise initial_bits to at least {upper}."
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON/YAML values."""
@@ -302,17 +211,3 @@ class GETAConfig:
     def save(self, path: str | Path) -> None:
         """Write the config as JSON (which is YAML too)."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-
-def _parse_bytes(text: str) -> int:
-    """ "4MB" -> 4,000,000; "512KiB" -> 524,288; "4000000" -> 4,000,000."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKMG]?)(i?)B)?\s*", text)
-    if found is None or not float(found[1]) > 0:
-        raise ValueError(f"target_size={text!r}: write bytes, such as '4MB', '512KiB' or 4000000.")
-    power = " KMG".index((found[2] or " ").upper())
-    return round(float(found[1]) * (1024 if found[3] else 1000) ** power)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}.")

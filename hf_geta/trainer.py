@@ -18,9 +18,8 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
-from transformers.trainer_callback import ProgressCallback
 
 from hf_geta import __version__
 from hf_geta.checkpoint.directory import replace_files
@@ -37,6 +36,7 @@ from hf_geta.config import GETAConfig
 from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.schedule import Schedule, Stage
+from hf_geta.progress import CompressionProgress
 from hf_geta.randomness import preserved_rng
 from hf_geta.report.card import save_report
 from hf_geta.report.cost import Cost
@@ -168,7 +168,7 @@ class GETATrainer(DistillingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add stage, group sparsity, mean widths and relative BOPs to the training logs; price and gap of a budget.
 
-        The gap is the present cost over the budget, less 1: at most 0 from the cool-down on.
+        The gap is the present cost over the budget, less 1: at most 0 from the cool-down on, where the budget was met.
         """
         if "loss" in logs and self.qasso is not None:
             cost = self.measure_compression()
@@ -289,26 +289,6 @@ class GETATrainer(DistillingTrainer):
             )
         self.prepare()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-class CompressionProgress(TrainerCallback):
-    """Shows the compression's state behind the progress bar."""
-
-    def __init__(self, trainer: GETATrainer) -> None:
-        self.trainer = trainer
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Refresh the bar from the logged figures."""
-        if not logs or "relative_bops" not in logs:
-            return
-        text = (
-            f"{Stage(logs['stage']).label}: {logs['group_sparsity']:.0%} of groups removed, "
-            f"weights {logs['weight_bits']:.1f} bits, activations {logs['activation_bits']:.1f} bits, "
-            f"BOPs {logs['relative_bops']:.1%}"
-        )
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.set_postfix_str(text)
 
 
 def _hub_name(name: str | None) -> str | None:

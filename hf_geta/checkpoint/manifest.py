@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hf_geta.checkpoint.names import Rename, file_to_module, module_to_file
-from hf_geta.config import GRANULARITIES, MAX_BITS, MIN_BITS
+from hf_geta.config_checks import GRANULARITIES, MAX_BITS, MIN_BITS
 
 QUANT_METHOD = "geta"
 FORMAT_VERSION = 1

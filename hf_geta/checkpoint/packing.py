@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_geta.config import MAX_BITS, MIN_BITS
+from hf_geta.config_checks import MAX_BITS, MIN_BITS
 
 
 def packed_bytes(numel: int, bits: int) -> int:

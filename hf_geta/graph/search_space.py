@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hf_geta.checkpoint.models import classes_by_config
-from hf_geta.config import OPTIONAL_AXES
+from hf_geta.config_checks import OPTIONAL_AXES
 from hf_geta.graph.axes import AxisNode, Reason, find, freeze, is_frozen, leaves, positions, tag, tags, unify
 from hf_geta.graph.capture import transient_buffers
 from hf_geta.graph.folding import common_path

@@ -20,8 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_geta.optim.saliency import removable_groups
-
 CANDIDATES = 16  # sets of heads that are filled up and compared, at each price
 PRICE_FACTORS = (1.0, 2.0, 0.5, 4.0, 0.25, 16.0)  # prices, over that of the last block taken
 GAP = 1e-3  # between cost and bound, at which the search ends
@@ -98,6 +96,23 @@ def nearest_reachable(asked: int, sizes: Sequence[int], min_groups: int = 1, div
     steps = np.floor((asked - heads) / divisible + 0.5).astype(np.int64)
     counts = np.clip(heads + divisible * steps, heads, most)
     return int(min(counts, key=lambda count: (abs(count - asked), -count)))
+
+
+def removable_groups(size: int, min_groups: int, divisible: int) -> list[int]:
+    """Sizes of the blocks in which an axis of `size` groups may shrink, in order.
+
+    With `divisible` m > 1 the first block takes `size` to a multiple of m and each later one takes m more; axes of
+    at most m groups (heads, mostly) lose one at a time. `min_groups` always stay.
+    """
+    block = divisible if size > divisible else 1
+    blocks: list[int] = []
+    left = size
+    while True:
+        step = left % block or block
+        if left - step < max(min_groups, 1):
+            return blocks
+        blocks.append(step)
+        left -= step
 
 
 def _lack_of_room(option: Option, divisible: int) -> float:

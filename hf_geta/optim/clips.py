@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_geta.config import MAX_BITS, MIN_BITS
+from hf_geta.config_checks import MAX_BITS, MIN_BITS
 from hf_geta.optim.widths import WidthTable
 from hf_geta.quantization.histogram import MagnitudeHistogram
 from hf_geta.quantization.quantizers import Quantizer

@@ -22,7 +22,7 @@ from torch import Tensor
 from hf_geta.config import GETAConfig
 from hf_geta.optim import saliency
 from hf_geta.optim.budget import Allocation, Budget, Choices, allocate
-from hf_geta.optim.saliency import removable_groups
+from hf_geta.optim.choice import removable_groups
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable, log_levels
 

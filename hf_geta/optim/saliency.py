@@ -64,20 +64,3 @@ def mix(
         if weight > 0
     ]
     return torch.stack(parts).sum(0)
-
-
-def removable_groups(size: int, min_groups: int, divisible: int) -> list[int]:
-    """Sizes of the blocks in which an axis of `size` groups may shrink, in order.
-
-    With `divisible` m > 1 the first block takes `size` to a multiple of m and each later one takes m more; axes of
-    at most m groups (heads, mostly) lose one at a time. `min_groups` always stay.
-    """
-    block = divisible if size > divisible else 1
-    blocks: list[int] = []
-    left = size
-    while True:
-        step = left % block or block
-        if left - step < max(min_groups, 1):
-            return blocks
-        blocks.append(step)
-        left -= step

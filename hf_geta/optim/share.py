@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_geta.config import MIXED_SALIENCIES, GETAConfig
+from hf_geta.config import GETAConfig
+from hf_geta.config_checks import MIXED_SALIENCIES
 from hf_geta.optim import saliency
 from hf_geta.optim.choice import choose_least_salient, nearest_reachable
 from hf_geta.optim.schedule import Schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_geta.config import MAX_BITS, MIN_BITS
+from hf_geta.config_checks import MAX_BITS, MIN_BITS
 
 OCTAVES, BINS_PER_OCTAVE = 24, 16  # |x| from 2^-24 to 2^24, each bin 4 % wide
 

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_geta.optim.choice import choose_least_salient, nearest_reachable
-from hf_geta.optim.saliency import removable_groups
+from hf_geta.optim.choice import choose_least_salient, nearest_reachable, removable_groups
 
 
 def none_removed(sizes):

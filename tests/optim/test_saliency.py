@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_geta.config import MIXED_SALIENCIES, SALIENCIES
+from hf_geta.config_checks import MIXED_SALIENCIES, SALIENCIES
 from hf_geta.optim.saliency import mix, normalize_by_kind, observe, observed_kinds
 
 

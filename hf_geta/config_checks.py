@@ -1,0 +1,124 @@
+"""What a GETAConfig refuses: every value outside its domain, with the value and the way out. Raises ValueError only."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+GRANULARITIES = ("tensor", "channel")
+SALIENCIES = ("magnitude", "taylor", "fisher", "mix")
+MIXED_SALIENCIES = SALIENCIES[:3]  # what "mix" mixes, in the order of `saliency_weights`
+OPTIONAL_AXES = ("query_head", "head_dim")  # kinds that are left alone unless they are asked for
+PARTS = ("qadg", "projection", "joint_rule")  # parts of the method that an ablation leaves out
+MIN_BITS, MAX_BITS = 2, 16
+
+
+def check_config(config: Any) -> None:
+    """Refuse `config`, a GETAConfig, if any of its fields makes no sense, alone or beside the others."""
+    _check_numbers(config)
+    _check_bits("weight_bits", config.weight_bits, config.initial_bits)
+    _check_bits("activation_bits", config.activation_bits, config.initial_bits)
+    if config.weight_bits is None and config.activation_bits is not None:
+        raise ValueError(
+            f"activation_bits={config.activation_bits} without weight_bits: a layer rounds its weight whenever it "
+            "rounds its input; write weight_bits=(8, 8) or drop activation_bits."
+        )
+    if config.weight_bits is None and not config.prunes:
+        raise ValueError("weight_bits=None and group_sparsity=0 compress nothing: train with transformers.Trainer.")
+    _check_choice("granularity", config.granularity, GRANULARITIES)
+    _check_choice("saliency", config.saliency, SALIENCIES)
+    for kind in config.optional_axes:
+        _check_choice("optional_axes", kind, OPTIONAL_AXES)
+    for part in config.without:
+        _check_choice("without", part, PARTS)
+    _check_saliency_weights(config.saliency, config.saliency_weights)
+    _check_budget(config)
+
+
+def parse_bytes(text: str) -> int:
+    """ "4MB" -> 4,000,000; "512KiB" -> 524,288; "4000000" -> 4,000,000."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKMG]?)(i?)B)?\s*", text)
+    if found is None or not float(found[1]) > 0:
+        raise ValueError(f"target_size={text!r}: write bytes, such as '4MB', '512KiB' or 4000000.")
+    power = " KMG".index((found[2] or " ").upper())
+    return round(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def _check_numbers(config: Any) -> None:
+    for name in ("group_sparsity", "initial_bits", "warmup_steps", "projection_steps", "joint_steps"):
+        value = getattr(config, name)
+        if not (isinstance(value, int | float) or (value is None and name == "group_sparsity")):
+            raise ValueError(f"{name}={value!r}: write a number.")
+    if config.group_sparsity is not None and not 0 <= config.group_sparsity < 1:
+        raise ValueError(f"group_sparsity={config.group_sparsity}: a share in [0, 1); 0 keeps every group.")
+    if not MIN_BITS <= config.initial_bits <= MAX_BITS:
+        raise ValueError(f"initial_bits={config.initial_bits}: write a width from {MIN_BITS} to {MAX_BITS}.")
+    for name in ("bit_reduction", "pruning_periods", "min_groups", "group_divisible", "calibration_batches"):
+        if not isinstance(value := getattr(config, name), int) or value < 1:
+            raise ValueError(f"{name}={value}: write a whole number, 1 or more.")
+    for name in ("warmup_steps", "projection_steps", "joint_steps"):
+        value = getattr(config, name)
+        if not (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
+            raise ValueError(f"{name}={value}: write a share in [0, 1) or a whole number of steps.")
+    for name in ("quantizer_learning_rate", "distillation_hidden_weight"):
+        if not (value := getattr(config, name)) >= 0:
+            raise ValueError(f"{name}={value}: write 0 or more.")
+    if not 0 <= config.distillation_weight <= 1:
+        raise ValueError(f"distillation_weight={config.distillation_weight}: write a part of the loss, in [0, 1].")
+    if not config.distillation_temperature > 0:
+        raise ValueError(f"distillation_temperature={config.distillation_temperature}: write a number above 0.")
+
+
+def _check_bits(name: str, bits: Any, initial_bits: float) -> None:
+    if bits is None:
+        return
+    if not isinstance(bits, tuple) or len(bits) < 2 or not all(isinstance(b, int) for b in bits):
+        raise ValueError(
+            f"{name}={bits}: write two whole numbers, the lower and the upper width, such as (4, 8), or all widths "
+            "that are allowed, such as (2, 4, 8)."
+        )
+    lower, upper = bits[0], bits[-1]
+    if len(bits) > 2 and list(bits) != sorted(set(bits)):
+        raise ValueError(f"{name}={bits}: write every allowed width once, in ascending order.")
+    if lower > upper:
+        raise ValueError(f"{name}={bits}: the lower bound comes first; write {name}=({upper}, {lower}).")
+    if lower < MIN_BITS or upper > MAX_BITS:
+        raise ValueError(f"{name}={bits}: widths go from {MIN_BITS} to {MAX_BITS} bits, the sign included.")
+    if upper > initial_bits:
+        raise ValueError(
+            f"{name}={bits} starts above initial_bits={initial_bits}: raise initial_bits to at least {upper}."
+        )
+
+
+def _check_budget(config: Any) -> None:
+    if config.target_bops is not None and not 0 < config.target_bops < 1:
+        raise ValueError(f"target_bops={config.target_bops}: a share of the dense model's, above 0 and below 1.")
+    if config.target_size is not None:
+        parse_bytes(config.target_size)
+        if config.target_bops is not None:
+            raise ValueError(
+                f"target_bops={config.target_bops} and target_size={config.target_size!r}: write one of them."
+            )
+    if config.has_budget and "projection" in config.without:
+        raise ValueError("without='projection' leaves widths free, and no budget holds: write group_sparsity instead.")
+    if config.has_budget and config.saliency != "fisher":
+        raise ValueError(
+            f"saliency={config.saliency!r} with a budget: groups and widths compete at one price, and only 'fisher' "
+            "measures both in one unit; write saliency='fisher'."
+        )
+
+
+def _check_saliency_weights(saliency: str, weights: Any) -> None:
+    if weights is None:
+        return
+    if saliency != "mix":
+        raise ValueError(f"saliency_weights={weights} are parts of a mix: write saliency='mix', or drop them.")
+    if len(weights) != len(MIXED_SALIENCIES) or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(
+            f"saliency_weights={weights}: write three numbers, 0 or more, for {', '.join(MIXED_SALIENCIES)}."
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}.")

@@ -90,6 +90,10 @@ def test_every_config_is_a_complete_run(path):
     model, data, training, geta = parse_run(TYPES, ["--config", str(path)])
     assert training.do_train
     assert training.output_dir == f"outputs/{path.stem}"
-    assert path.stem.endswith(f"-w{geta.weight_bits[1]}a{geta.activation_bits[1]}-s{geta.group_sparsity * 100:.0f}")
+    if geta.has_budget:
+        assert path.stem.endswith(f"-bops{100 * geta.target_bops:g}")
+    else:
+        bits = f"w{geta.weight_bits[1]}a{geta.activation_bits[1]}"
+        assert path.stem.endswith(f"-{bits}-s{geta.group_sparsity * 100:.0f}")
     assert model.compress
     assert data.dataset_name or data.data_dir

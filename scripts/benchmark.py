@@ -32,6 +32,7 @@ PLAIN = "plain"
 VARIANTS: dict[str, dict[str, Any]] = {
     "weights": {"weight_bits": [4, 8]},
     "weights+activations": {"weight_bits": [4, 8], "activation_bits": [4, 8]},
+    "budget": {"weight_bits": [2, 8], "activation_bits": [2, 8], "target_bops": 0.01},
 }
 
 

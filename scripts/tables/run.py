@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import cifar_resnet  # noqa: F401  registers model_type cifar_resnet
+import cifar_vgg  # noqa: F401  registers model_type cifar_vgg
 import torch
 from image_models import head_optimizer, load_model, load_processor, weight_bytes
 from transformers import (

@@ -1,0 +1,53 @@
+"""`hf-geta`: what the library finds and makes, on the command line; one module for each command.
+
+    hf-geta graph MODEL [--html FILE] [--json] [--explain NAME]    what can be pruned, from the config alone
+    hf-geta verify MODEL                                           is it so? on the model's weights
+
+MODEL is a Hub id or a folder with a config.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+import huggingface_hub
+import transformers
+
+from hf_geta.cli import graph, verify
+
+COMMANDS = (graph, verify)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 1 after an error that says what to do."""
+    options = _parser().parse_args(arguments)
+    _set_up_logs()
+    try:
+        return options.run(options)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"hf-geta: {str(error).strip().partition(chr(10))[0]}", file=sys.stderr)
+        return 1
+
+
+def _set_up_logs() -> None:
+    """Only what the user should know beside the output, each once."""
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    package = logging.getLogger("hf_geta")
+    if not package.handlers:
+        package.addHandler(logging.StreamHandler())
+    package.propagate = False
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-geta", description="Prune and quantize Hugging Face models in one run.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_to(commands)
+    return parser

@@ -20,9 +20,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_geta import __version__
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
@@ -41,6 +43,8 @@ from hf_geta.quantization.calibration import calibrate_
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers, restore_modules_
 from hf_geta.quantization.quantizers import Quantizer
 from hf_geta.report.cost import Cost, measure_cost
+from hf_geta.report.metadata import hub_id
+from hf_geta.report.publish import publish_with_card_
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +172,7 @@ def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
 
     Returns:
         A copy with physically smaller, packed layers and the manifest in its config; `save_pretrained` it and load
-        it with `from_pretrained` anywhere that imports hf_geta.
+        it with `from_pretrained` anywhere that imports hf_geta. `push_to_hub` publishes it with its card and report.
 
     Raises:
         ValueError: if `model` is not prepared.
@@ -176,10 +180,35 @@ def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
     preparation = preparation_of(model)
     small: Any = preparation.qadg.prune(model, preparation.qadg.zero_groups(model))
     del small.geta
-    if preparation.config.weight_bits is None:
-        return small
-    _round_widths_(small, preparation.config)
-    return pack_model_(small)
+    if preparation.config.weight_bits is not None:
+        _round_widths_(small, preparation.config)
+        pack_model_(small)
+    publish_with_card_(small, compression_report(model))
+    return small
+
+
+def compression_report(model: PreTrainedModel) -> dict[str, Any]:
+    """What the card of the finalized model can say of a prepared one: plain values, as `render_card` takes them.
+
+    Raises:
+        ValueError: if `model` is not prepared.
+    """
+    preparation, cost = preparation_of(model), measure_compression(model, finalized=True)
+    removed = preparation.qadg.zero_groups(model)
+    axes = preparation.qadg.axes
+    versions = {"hf_geta": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    return {
+        "architecture": type(model).__name__,
+        "base_model": hub_id(model.config._name_or_path),
+        "compressed": cost.summary(),
+        "operations": cost.rows(),
+        "axes": [
+            {"name": a.name, "kind": a.kind, "kept": a.size - len(removed.get(a.name, ())), "groups": a.size}
+            for a in axes
+        ],
+        "geta": preparation.config.to_dict(),
+        "versions": versions,
+    }
 
 
 @torch.no_grad()

@@ -11,19 +11,18 @@ import itertools
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
 
-from hf_geta import __version__
 from hf_geta.checkpoint.directory import replace_files
+from hf_geta.checkpoint.names import own_tensor_names
 from hf_geta.compress import (
+    compression_report,
     create_optimizer,
     finalize_model,
     is_prepared,
@@ -33,13 +32,15 @@ from hf_geta.compress import (
     prepare_model,
 )
 from hf_geta.config import GETAConfig
+from hf_geta.hub import card_fields, describe_training, pickled_without_token, push_while_training
 from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.schedule import Schedule, Stage
 from hf_geta.progress import CompressionProgress
 from hf_geta.randomness import preserved_rng
-from hf_geta.report.card import save_report
 from hf_geta.report.cost import Cost
+from hf_geta.report.files import load_report, save_report
+from hf_geta.report.publish import publish_with_card_
 from hf_geta.teacher import DistillingTrainer
 
 logger = logging.getLogger(__name__)
@@ -210,6 +211,8 @@ class GETATrainer(DistillingTrainer):
     def finalize(self) -> PreTrainedModel:
         """The small model, checked: on a calibration batch it computes what the masked model computes.
 
+        Its `push_to_hub` publishes it with processor, report and card.
+
         A run that ended before its targets held (stopped early, or with steps that a gradient scaler skipped) is
         finalized as it is, with a warning.
 
@@ -236,27 +239,26 @@ class GETATrainer(DistillingTrainer):
                 f"the pruned model's outputs differ from the masked model's by {difference:.1%}: the dependency graph "
                 "is wrong for this model. Nothing was saved; please report the architecture."
             )
+        publish_with_card_(small, self._report(), self.processing_class)
         return small
 
     def _save_compressed(self, directory: Path) -> None:
-        small = self.finalize()
-        cost = measure_compression(self.model, finalized=True)
-        report = {
-            "architecture": type(self.model).__name__,
-            "base_model": _hub_name(self.model.config._name_or_path),
-            "compressed": cost.summary(),
-            "operations": cost.rows(),
-            "geta": self.geta_config.to_dict() if self.geta_config else {},
-            "versions": {"hf_geta": __version__, "transformers": transformers.__version__},
-        }
+        small, report = self.finalize(), self._report()
 
         def write(folder: Path) -> None:
             small.save_pretrained(folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
-            save_report(folder, report)
+            save_report(folder, report, previous=directory)
 
         replace_files(directory, write)
+
+    def _report(self) -> dict[str, Any]:
+        """What the card says of the model as it is now, and of its run."""
+        return compression_report(self.model) | {
+            "repo_id": self.hub_model_id or self.args.hub_model_id,
+            "training": describe_training(self, self.qasso),
+        }
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._saving_checkpoint = True
@@ -267,8 +269,16 @@ class GETATrainer(DistillingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint keeps the model's own tensor names: `load_state_dict` resumes it, and maps none."""
-        with _own_tensor_names(self.model) if is_prepared(self.model) else contextlib.nullcontext():
+        names = own_tensor_names(self.model) if is_prepared(self.model) else contextlib.nullcontext()
+        with names, pickled_without_token(self.args):
             super()._save(output_dir, state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if is_prepared(self.model):
+            push_while_training(self, checkpoint_folder, self._save_compressed)
+            return
+        with pickled_without_token(self.args):
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Only models that meet the targets compete for `load_best_model_at_end`: those of the cool-down."""
@@ -276,10 +286,19 @@ class GETATrainer(DistillingTrainer):
             return False
         return super()._determine_best_metric(metrics, trial)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's card, unless the compressed model has its own: that one says how to load it."""
+    def create_model_card(self, **given: Any) -> None:  # type: ignore[override]
+        """The compressed model's own card in `output_dir`, with this metadata; Trainer's, where nothing is compressed.
+
+        Args:
+            **given: as Trainer takes them: language, license (by default that of the base model's card), tags,
+                model_name, finetuned_from, tasks, dataset_tags.
+        """
         if not is_prepared(self.model):
-            super().create_model_card(*args, **kwargs)
+            super().create_model_card(**given)
+        elif self.is_world_process_zero():
+            folder = str(self.args.output_dir)
+            report = load_report(folder) or self._report()
+            save_report(folder, report | card_fields(report, given, self.args.hub_token))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.geta_config is not None and not (Path(resume_from_checkpoint) / OPTIMIZER_NAME).exists():
@@ -291,11 +310,6 @@ class GETATrainer(DistillingTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
-def _hub_name(name: str | None) -> str | None:
-    """The model's name on the Hub; None for a folder of this machine, which says nothing to anyone else."""
-    return None if not name or Path(name).exists() else name
-
-
 def _check_writable(directory: str) -> None:
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -303,14 +317,3 @@ def _check_writable(directory: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"output_dir={directory!r} cannot be written ({error}): choose another folder.") from error
-
-
-@contextlib.contextmanager
-def _own_tensor_names(model: Any) -> Iterator[None]:
-    """Let `save_pretrained` write the model's own tensor names instead of the hub's classic ones."""
-    conversions = getattr(model, "_weight_conversions", None)
-    model._weight_conversions = []
-    try:
-        yield
-    finally:
-        model._weight_conversions = conversions

@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = load_report(folder)
     name = "compressed" if report else "dense"
     if report and args.do_train:  # what was measured goes on the model card
-        save_report(folder, report | {name: report.get(name, {}) | entry})
+        save_report(folder, report | {name: report[name] | entry} | claim(data_args, len(eval_dataset)))
+        if args.push_to_hub:
+            trainer.push_to_hub(commit_message="Figures of the saved model")
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     (Path(args.output_dir) / "report.json").write_text(json.dumps({name: entry}, indent=2) + "\n", encoding="utf-8")
     print(metrics_table({name: entry}))
@@ -102,6 +104,15 @@ def measure(folder: str, dataset: ImageDataset, args: TrainingArguments) -> dict
         "latency_ms": latency_ms(model, dataset[0]["pixel_values"]),
     }
     return {key: entry[key] for key in REPORT_KEYS}
+
+
+def claim(arguments: DataArguments, samples: int) -> dict[str, Any]:
+    """What the report says of its data: a name on the Hub, unless they came from a folder; how to measure again."""
+    on_hub = arguments.data_dir is None
+    fields = ("image_column", "label_column", "max_eval_samples", *(("dataset_name", "dataset_config_name") * on_hub))
+    values = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
+    evaluation = {"task": "image-classification", "metric": "accuracy", "samples": samples, **values}
+    return {"evaluation": evaluation, **({"dataset": arguments.dataset_name} if on_hub else {})}
 
 
 @torch.no_grad()

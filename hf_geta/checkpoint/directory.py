@@ -47,3 +47,19 @@ def replace_files(directory: Path, write: Callable[[Path], None]) -> None:
 def _copy_mode(source: Path, target: Path) -> None:
     """`mkdtemp` makes private folders; a saved model is as readable as the folder that it lies in."""
     target.chmod(source.stat().st_mode & 0o777)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `text` beside `path` and rename it: whoever reads finds the old file or the new one, whole.
+
+    Bytes that were read with `errors="surrogateescape"` go back as they were.
+
+    Raises:
+        OSError: if the folder cannot be written; `path` is as it was.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

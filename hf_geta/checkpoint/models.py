@@ -31,22 +31,28 @@ def build_skeleton(source: str | Path, class_name: str | None = None) -> PreTrai
     Raises:
         ValueError: no such folder, no config.json there or on the Hub, or no class of that name that takes it.
     """
-    config = _read_config(str(source))
-    values = getattr(config, "quantization_config", None)
-    if values is not None:
-        config = copy.deepcopy(config)
-        del config.quantization_config  # else transformers prepares for its quantizer
-    owner = _model_class(config, class_name)
-    build = owner.from_config if hasattr(owner, "from_config") else owner._from_config
-    try:
-        with torch.device("meta"):
-            model = build(config).to("meta")  # some modules make parameters elsewhere, whatever the context says
-    except BUILD_ERRORS as error:
-        wanted = f"as {class_name} " if class_name else ""
-        raise ValueError(
-            f"{source}: a {config.model_type} model cannot be built {wanted}from this config: {first_line(error)}"
-        ) from error
+    model, values = _build_dense(source, class_name)
     return _compressed_(model, values) if values is not None else model
+
+
+def dense_skeleton(source: str | Path) -> tuple[PreTrainedModel, Manifest]:
+    """What a compressed checkpoint was made from, on the meta device, and what was made of it, in its modules' names.
+
+    Raises:
+        ValueError: as `build_skeleton`, and for a model that is not compressed by GETA.
+    """
+    model, values = _build_dense(source, None)
+    if (values or {}).get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"{source} is not compressed by GETA: its config.json has no quantization_config of quant_method "
+            f"{QUANT_METHOD!r}. `hf-geta graph` shows what could be pruned in it."
+        )
+    return model, fit_manifest(Manifest.from_dict(values or {}), model)
+
+
+def is_compressed(source: str | Path) -> bool:
+    """Whether a Hub id or a folder holds a model that is compressed by GETA; ValueError where it holds none at all."""
+    return (_quantization(_read_config(str(source))) or {}).get("quant_method") == QUANT_METHOD
 
 
 def load_model(source: str | Path, class_name: str | None = None) -> PreTrainedModel:
@@ -87,6 +93,31 @@ def classes_by_config(model: nn.Module) -> dict[str, type[nn.Module]]:
     return {name: type(module) for name, module in built.named_modules(remove_duplicate=False)}
 
 
+def _build_dense(source: str | Path, class_name: str | None) -> tuple[PreTrainedModel, dict[str, Any] | None]:
+    """(the model that the config alone builds, on the meta device; what the config says of its quantization)."""
+    config = _read_config(str(source))
+    values = _quantization(config)
+    if values is not None:
+        config = copy.deepcopy(config)
+        del config.quantization_config  # else transformers prepares for its quantizer
+    owner = _model_class(config, class_name)
+    build = owner.from_config if hasattr(owner, "from_config") else owner._from_config
+    try:
+        with torch.device("meta"):
+            model = build(config).to("meta")  # some modules make parameters elsewhere, whatever the context says
+    except BUILD_ERRORS as error:
+        wanted = f"as {class_name} " if class_name else ""
+        raise ValueError(
+            f"{source}: a {config.model_type} model cannot be built {wanted}from this config: {first_line(error)}"
+        ) from error
+    return model, values
+
+
+def _quantization(config: Any) -> dict[str, Any] | None:
+    values = getattr(config, "quantization_config", None)
+    return values if values is None or isinstance(values, dict) else values.to_dict()
+
+
 def _read_config(source: str) -> Any:
     folder = Path(source).expanduser()
     if folder.exists():
@@ -123,9 +154,8 @@ def _model_class(config: Any, class_name: str | None) -> Any:
     return AutoModel
 
 
-def _compressed_(model: PreTrainedModel, values: Any) -> PreTrainedModel:
+def _compressed_(model: PreTrainedModel, values: dict[str, Any]) -> PreTrainedModel:
     """Give the model the shapes that a compressed checkpoint has."""
-    values = values if isinstance(values, dict) else values.to_dict()
     if values.get("quant_method") != QUANT_METHOD:
         return model  # quantized by others: the structure is that of the float model
     manifest = fit_manifest(Manifest.from_dict(values), model)

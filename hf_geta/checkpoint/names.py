@@ -6,7 +6,8 @@ those. So config.json speaks in the file's names, and a checkpoint outlives the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -74,6 +75,17 @@ def save_as_they_are_(model: nn.Module, tensors: Iterable[str]) -> None:
     kept = without_conversions_of(conversions, tensors)
     if len(kept) < len(conversions):
         model._weight_conversions = kept  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def own_tensor_names(model: Any) -> Iterator[None]:
+    """Let `save_pretrained` write the model's own tensor names instead of the hub's classic ones."""
+    conversions = getattr(model, "_weight_conversions", None)
+    model._weight_conversions = []
+    try:
+        yield
+    finally:
+        model._weight_conversions = conversions
 
 
 def _renamings(conversions: Iterable[Any]) -> list[Any]:

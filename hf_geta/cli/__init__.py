@@ -2,6 +2,8 @@
 
     hf-geta graph MODEL [--html FILE] [--json] [--explain NAME]    what can be pruned, from the config alone
     hf-geta verify MODEL                                           is it so? on the model's weights
+    hf-geta report DIR [--html FILE]                               what a compressed model has left, layer by layer
+    hf-geta verify DIR                                             is a compressed folder what it says?
 
 MODEL is a Hub id or a folder with a config.json.
 """
@@ -16,9 +18,9 @@ from collections.abc import Sequence
 import huggingface_hub
 import transformers
 
-from hf_geta.cli import graph, verify
+from hf_geta.cli import graph, report, verify
 
-COMMANDS = (graph, verify)
+COMMANDS = (graph, report, verify)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,11 +1,12 @@
-"""`hf-geta verify`: does what was found hold on the model's own weights?"""
+"""`hf-geta verify`: is a model what is said of it? Of a dense one its search space, of a compressed one its files."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from hf_geta.checkpoint.models import load_model
+from hf_geta.checkpoint.models import is_compressed, load_model
 from hf_geta.cli.search_space import add_command, find_search_space, import_rules
 
 
@@ -15,13 +16,37 @@ def add_to(commands: Any) -> None:
         commands,
         "verify",
         verify,
-        "does the pruned model compute what the masked one does?",
-        "Removes 40 % of the groups of all axes, on the model's own weights, and compares the outputs.",
+        "does the pruned model compute what the masked one does? is a compressed folder what it says?",
+        "Of a dense model: removes 40 % of the groups of all axes, on its own weights, and compares the outputs. Of a "
+        "folder with a compressed one: its hashes, codes, widths and figures against config.json and its report; the "
+        "other options do not matter then.",
     )
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Run the law of the search space on a model with its weights: pruned computes what masked does."""
+    """Check a compressed folder, or run the law of the search space on a dense model with its weights."""
+    return _verify_compressed(options.model) if is_compressed(options.model) else _verify_law(options)
+
+
+def _verify_compressed(source: str) -> int:
+    from hf_geta.report.check import check_folder
+    from hf_geta.report.folder import read_folder
+    from hf_geta.report.terminal import claims, evaluation_command
+
+    if not Path(source).is_dir():
+        raise ValueError(f"{source} is compressed: verify a folder of it (hf download {source} --local-dir DIR).")
+    contents, failed = read_folder(source), 0
+    for check in check_folder(source):
+        failed += not check.holds
+        print(f"ok      {check.what}" if check.holds else f"FAILED  {check.what}: {check.problem}")
+    if command := evaluation_command(source, contents):
+        print(f"\nclaimed: {claims(contents)}; measure it again with\n    {command}")
+    print(f"\n{failed} of the checks failed." if failed else "\nEverything holds.")
+    return 1 if failed else 0
+
+
+def _verify_law(options: argparse.Namespace) -> int:
+    """Pruned computes what masked does."""
     from hf_geta.graph.example_inputs import example_inputs
     from hf_geta.graph.verify import verify_qadg
 

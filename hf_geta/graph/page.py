@@ -18,7 +18,7 @@ from hf_geta.graph.table import (
     totals,
 )
 
-STYLE = """
+THEME = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2230; --quiet: #69728a; --frozen: #9aa2b4;
   --line: #dfe3ec; --frame: #f6f7fa; --pile: #eceff5; --frame-line: #d5dae6;
   --attention_head: #4457d8; --kv_group: #1c7fc4; --mlp: #d9660b; --channel: #0b8a6d; --expert_hidden: #a23bb5;
@@ -33,7 +33,7 @@ body { margin: 0; padding: 28px clamp(14px, 3vw, 44px) 60px; background: var(--p
 h1 { font-size: 22px; margin: 0; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { font-size: 15px; margin: 34px 0 8px; }
 p { margin: 4px 0 14px; color: var(--quiet); max-width: 78ch; }
-code, pre, svg text, td.name { font-size: 12px;
+code, pre, td.name { font-size: 12px;
   font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 main { display: flex; flex-wrap: wrap; gap: 26px; align-items: flex-start; }
 figure { margin: 0; overflow-x: auto; max-width: 100%; }
@@ -48,7 +48,13 @@ th { color: var(--quiet); font-weight: 500; } .n { text-align: right; }
 td.name { overflow-wrap: anywhere; } td.n { white-space: nowrap; font-variant-numeric: tabular-nums; }
 pre { padding: 12px 14px; border: 1px solid var(--line); border-radius: 8px; overflow-x: auto; }
 .swatch { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px; background: var(--c); }
-figure svg { display: block; } svg text { fill: var(--ink); white-space: pre; } svg .title { font-weight: 600; }
+figure svg { display: block; }
+"""
+
+PICTURE = """
+svg text { fill: var(--ink); white-space: pre; font-size: 12px;
+  font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+svg .title { font-weight: 600; }
 svg .dim { fill: var(--quiet); font-weight: 400; } svg .frozen { fill: var(--frozen); } svg .small { font-size: 11px; }
 svg .copies { fill: var(--quiet); font-weight: 600; }
 svg .frame, svg .pile { fill: var(--frame); stroke: var(--frame-line); } svg .pile { fill: var(--pile); }
@@ -96,7 +102,8 @@ def draw_html(qadg: QADG, tensors: Tensors, title: str) -> str:
     parts = [
         "<!doctype html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: search space</title>',
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{THEME}{PICTURE}</style></head><body>",
         f"<header><h1>{escape(title)}</h1><p>{escape(totals(qadg, tensors))}</p></header>",
         f"<main><figure>{draw_svg(qadg, tensors, picture)}</figure>",
         f'<aside id="panel">{_legend(qadg)}</aside></main>',

@@ -1,135 +1,162 @@
-"""The model card of a compressed checkpoint: a README.md, rendered from the plain values of its report."""
+"""The model card of a compressed checkpoint: a README.md, rendered from the plain values of its report.
+
+What is written lies between two comments, and a later save replaces what lies between them: a user's own text and
+metadata stay.
+"""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
 
-REPORT_NAME = "geta_report.json"
-CARD_NAME = "README.md"
+from hf_geta.report.figures import QUALITY, metrics_table, with_dense
+from hf_geta.report.metadata import (
+    card_metadata,
+    hub_id,
+    join_card,
+    merge_metadata,
+    split_card,
+    task_of,
+    what_was_done,
+)
+from hf_geta.report.picture import has_picture
 
-# Ending of the architecture's class name -> (auto class that loads it, the Hub's pipeline tag).
-TASKS: dict[str, tuple[str, str]] = {
-    "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
-    "ForSemanticSegmentation": ("AutoModelForSemanticSegmentation", "image-segmentation"),
-    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
-    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
-    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
-    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
-    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
-    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
-}
-# Key of the report -> (label, format), in the table's order.
-METRICS: dict[str, tuple[str, str]] = {
-    "accuracy": ("Accuracy", "{:.2%}"),
-    "f1": ("F1", "{:.2f}"),
-    "perplexity": ("Perplexity", "{:.3f}"),
-    "loss": ("Loss", "{:.4f}"),
-    "parameters": ("Parameters", "{:,}"),
-    "group_sparsity": ("Pruning groups removed", "{:.1%}"),
-    "mean_weight_bits": ("Mean weight width (bits)", "{:.2f}"),
-    "mean_activation_bits": ("Mean activation width (bits)", "{:.2f}"),
-    "relative_bops": ("Relative BOPs", "{:.2%}"),
-    "file_bytes": ("Bytes on disk", "{:,}"),
-    "latency_ms": ("Latency, batch of one (ms)", "{:.2f}"),
-}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+PICTURE_NAME = "geta_layers.svg"
+BEGIN, END = "<!-- hf_geta: begin; what stands up to the end is replaced by the next save -->", "<!-- hf_geta: end -->"
+_SECTION = re.compile(r"<!-- hf_geta: begin.*?<!-- hf_geta: end -->", re.S)
 
-
-def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table with one column for each model and one row for each metric that any of them has.
-
-    Args:
-        columns: heading -> values by the keys of `METRICS`; other keys and missing or None values are left out.
-    """
-    rows = [["", *columns]]
-    for key, (label, form) in METRICS.items():
-        values = [column.get(key) for column in columns.values()]
-        if any(value is not None for value in values):
-            rows.append([label, *("" if value is None else form.format(value) for value in values)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(_pad(cell, w, i) for i, (cell, w) in enumerate(zip(row, widths))) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+CITATION = """\
+@inproceedings{qu2025geta,
+  title     = {Automatic Joint Structured Pruning and Quantization for Efficient Neural Network Training and
+               Compression},
+  author    = {Qu, Xiaoyi and Aponte, David and Banbury, Colby and Robinson, Daniel P. and Ding, Tianyu and
+               Koishida, Kazuhito and Zharkov, Ilya and Chen, Tianyi},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2025},
+  pages     = {15234--15244},
+  eprint    = {2502.16638},
+  archivePrefix = {arXiv}
+}"""
 
 
-def render_card(report: Mapping[str, Any]) -> str:
-    """The text of README.md: metadata that the Hub accepts, how to load, the figures, the settings.
+def render_card(report: Mapping[str, Any], existing: str | None = None, before: Mapping[str, Any] | None = None) -> str:
+    """The text of README.md: metadata that the Hub accepts, how to load, the figures, how it was made.
 
     Args:
         report: plain values, each optional but the first:
             architecture: the model's class name, such as "ViTForImageClassification".
             base_model: what it was fine-tuned from. Only a name on the Hub goes into the metadata, never a local path.
+            repo_id: where it is published; the code of the card loads it from there.
             dataset: name of the training data on the Hub.
             dense, compressed: metrics by the keys of `METRICS`.
+            evaluation: how the quality was measured: "task", "metric", "samples" and what names the data to a script.
             geta: the fields of GETAConfig.
-            operations: `Cost.rows()`; kept in the report, not shown on the card.
+            training: "hyperparameters", and "schedule": stage -> its optimizer steps.
+            operations, axes: `Cost.rows()` and the groups of each axis; the picture shows them.
             versions: library -> version.
+            license, language, tags, model_name, pipeline_tag: of the metadata.
+        existing: the card that this one extends.
+        before: the report that `existing` was rendered from, if it was.
     """
-    auto_class, pipeline_tag = task_of(report["architecture"])
-    compressed = report.get("compressed", {})
-    metadata: dict[str, Any] = {"library_name": "transformers"}
-    base_model = report.get("base_model")
-    if base_model and _HUB_ID.fullmatch(base_model) and not Path(base_model).exists():
-        metadata["base_model"] = base_model
-    if dataset := report.get("dataset"):
-        metadata["datasets"] = [dataset]
-    if pipeline_tag:
-        metadata["pipeline_tag"] = pipeline_tag
-    metadata["tags"] = ["geta", *_tags(compressed)]
-    if measured := [key for key in ("accuracy", "f1", "perplexity") if key in compressed]:
-        metadata["metrics"] = measured
-    what = " and ".join(_tags(compressed)) or "compressed"
-    sections = [
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
-        f"# {report['architecture']}, compressed by GETA",
-        f"{what.capitalize()} in one training run with `hf_geta` (method: Qu et al., *Automatic Joint Structured "
-        "Pruning and Quantization for Efficient Neural Network Training and Compression*, CVPR 2025, "
-        "[arXiv 2502.16638](https://arxiv.org/abs/2502.16638)).",
-        f"## Use\n\n```python\nimport hf_geta  # registers the compressed format with transformers\n"
-        f"from transformers import {auto_class}\n\n"
-        f'model = {auto_class}.from_pretrained("path/to/this/folder")\n```',
+    section = f"{BEGIN}\n\n" + "\n\n".join(_sections(report)) + f"\n\n{END}"
+    ours = card_metadata(report)
+    if not existing or not existing.strip():
+        title = report.get("model_name") or f"{report['architecture']}, compressed by GETA"
+        return join_card(ours, f"\n# {title}\n\n{section}\n")
+    theirs, head, body = split_card(existing)
+    body = _SECTION.sub(lambda _: section, body, count=1) if _SECTION.search(body) else _append(body, section)
+    if theirs is None:
+        return head + body
+    merged = merge_metadata(theirs, ours, card_metadata(before) if before else {})
+    return head + body if merged == theirs else join_card(merged, body if head else f"\n{body}")
+
+
+def _append(body: str, section: str) -> str:
+    return f"{body.rstrip()}\n\n{section}\n".lstrip() if body.strip() else f"\n{section}\n"
+
+
+def _sections(report: Mapping[str, Any]) -> Iterable[str]:
+    parts = (
+        _introduction(report),
+        _use(report),
+        _figures(report),
+        _picture(report),
+        _training(report),
+        _limits(report),
+        f"### Citation\n\n```bibtex\n{CITATION}\n```",
+    )
+    return filter(None, parts)
+
+
+def _introduction(report: Mapping[str, Any]) -> str:
+    what = " and ".join(what_was_done(report)) or "compressed"
+    base = hub_id(report.get("base_model"))
+    return (
+        f"## Compression\n\n{what.capitalize()} in one training run with `hf_geta`"
+        f"{f', from [{base}](https://huggingface.co/{base})' if base else ''} (method: Qu et al., *Automatic Joint "
+        "Structured Pruning and Quantization for Efficient Neural Network Training and Compression*, CVPR 2025, "
+        "[arXiv 2502.16638](https://arxiv.org/abs/2502.16638))."
+    )
+
+
+def _use(report: Mapping[str, Any]) -> str:
+    auto_class, _ = task_of(report["architecture"])
+    source = hub_id(report.get("repo_id")) or "path/to/this/folder"
+    return (
+        "### Use\n\n```python\nimport hf_geta  # registers the compressed format with transformers\n"
+        f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{source}")\n```'
+    )
+
+
+def _figures(report: Mapping[str, Any]) -> str:
+    columns = with_dense(report.get("dense", {}), report.get("compressed", {}))
+    if not columns:
+        return ""
+    text = f"### Figures\n\n{metrics_table(columns)}"
+    if not any(columns.get("compressed", {}).get(key) is not None for key in QUALITY):
+        return text
+    evaluation = report.get("evaluation", {})
+    data = f"`{report['dataset']}`" if report.get("dataset") else "the evaluation data of its run"
+    samples = f", {evaluation['samples']:,} samples" if evaluation.get("samples") else ""
+    return f"{text}\n\nMeasured on the saved model, loaded from disk, on {data}{samples}."
+
+
+def _picture(report: Mapping[str, Any]) -> str:
+    if not has_picture(report):
+        return ""
+    return f"### Layers\n\n![Groups kept and bit widths, layer by layer]({PICTURE_NAME})"
+
+
+def _training(report: Mapping[str, Any]) -> str:
+    training = report.get("training", {})
+    parts = []
+    if hyperparameters := training.get("hyperparameters"):
+        parts.append("\n".join(f"- {name}: {value}" for name, value in hyperparameters.items()))
+    if schedule := training.get("schedule"):
+        rows = [f"| {stage} | {steps:,} |" for stage, steps in schedule.items()]
+        parts.append("\n".join(["| stage | optimizer steps |", "|---|---:|", *rows]))
+    if settings := report.get("geta"):
+        text = yaml.safe_dump(dict(settings), sort_keys=False)
+        parts.append(f"<details><summary>Settings of the compression</summary>\n\n```yaml\n{text}```\n\n</details>")
+    if versions := report.get("versions"):
+        parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
+    return "\n\n".join(["### Training procedure", *parts]) if parts else ""
+
+
+def _limits(report: Mapping[str, Any]) -> str:
+    limits = ["It loads only where `hf_geta` is imported; elsewhere loading stops with an error."]
+    if "quantized" in what_was_done(report):
+        limits += [
+            "Its weights are integers: it cannot be trained further. Fine-tune the dense model, and compress that.",
+            "A packed layer decodes its weights once and computes in float: fewer bits make a smaller file, not yet a "
+            "faster forward pass.",
+        ]
+    limits += [
+        "Relative BOPs are counted (MACs x weight bits x input bits of the layers that hold a weight), not timed.",
+        "A mean over all samples can hide what compression does to rare classes or inputs: measure those that matter "
+        "to you. Biases of the dense model and of its data are here as well.",
     ]
-    columns = {name: report[name] for name in ("dense", "compressed") if report.get(name)}
-    if columns:
-        sections.append("## Figures\n\n" + metrics_table(columns))
-    for title, key in (("Settings", "geta"), ("Versions", "versions")):
-        if values := report.get(key):
-            sections.append(f"## {title}\n\n```yaml\n{yaml.safe_dump(dict(values), sort_keys=False)}```")
-    return "\n\n".join(sections) + "\n"
-
-
-def save_report(folder: str | Path, report: Mapping[str, Any]) -> None:
-    """Write the report and the card made from it beside a checkpoint, as geta_report.json and README.md."""
-    folder = Path(folder)
-    (folder / REPORT_NAME).write_text(json.dumps(dict(report), indent=2) + "\n", encoding="utf-8")
-    (folder / CARD_NAME).write_text(render_card(report), encoding="utf-8")
-
-
-def load_report(folder: str | Path) -> dict[str, Any]:
-    """The report beside a checkpoint; empty where there is none, as beside a dense model."""
-    path = Path(folder) / REPORT_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def task_of(architecture: str) -> tuple[str, str | None]:
-    """(auto class, pipeline tag) of a model's class name; ("AutoModel", None) for a model without a task head."""
-    for ending, task in TASKS.items():
-        if architecture.endswith(ending):
-            return task
-    return "AutoModel", None
-
-
-def _tags(compressed: Mapping[str, Any]) -> list[str]:
-    pruned = compressed.get("group_sparsity", 1) > 0
-    quantized = compressed.get("mean_weight_bits", 0) < 32
-    return ["pruned"] * pruned + ["quantized"] * quantized
-
-
-def _pad(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column == 0 else cell.rjust(width)
+    return "### Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)

@@ -1,0 +1,43 @@
+"""A model that is pushed to the Hub takes its card, its report and its processor along."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import PreTrainedModel
+
+from hf_geta.report.files import CARD_NAME, save_report
+from hf_geta.report.metadata import join_card
+
+
+def publish_with_card_(model: PreTrainedModel, report: Mapping[str, Any], processing_class: Any = None) -> None:
+    """Let `push_to_hub(repo_id)` and `save_pretrained(..., push_to_hub=True)` of a model upload all that belongs to it.
+
+    Beside config and weights: the report, the card made from it, the picture, and the files of `processing_class`. A
+    card that the repository has already is extended.
+    """
+    upload = type(model)._upload_modified_files
+
+    def _upload_modified_files(
+        self: PreTrainedModel, working_dir: str, repo_id: str, *args: Any, **options: Any
+    ) -> Any:
+        if processing_class is not None:
+            processing_class.save_pretrained(working_dir)
+        _drop_blank_card(Path(working_dir) / CARD_NAME, repo_id, options.get("token"))
+        save_report(working_dir, {**report, "repo_id": repo_id})
+        return upload(self, working_dir, repo_id, *args, **options)
+
+    model._upload_modified_files = types.MethodType(_upload_modified_files, model)  # type: ignore[method-assign]
+
+
+def _drop_blank_card(path: Path, repo_id: str, token: Any) -> None:
+    """Where the repository has no card, transformers put a form to fill in here; only its metadata says something."""
+    try:
+        ModelCard.load(repo_id, token=token)
+    except EntryNotFoundError:
+        path.write_text(join_card(ModelCard.load(path).data.to_dict(), ""), encoding="utf-8")

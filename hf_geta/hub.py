@@ -103,7 +103,7 @@ def describe_training(trainer: Trainer, qasso: QASSO | None) -> dict[str, Any]:
     hyperparameters = extract_hyperparameters_from_trainer(trainer)
     if qasso is None:
         return {"hyperparameters": hyperparameters}
-    defaults = qasso.base.defaults
+    defaults = getattr(qasso.base, "defaults", {})
     settings = ", ".join(f"{name}={defaults[name]}" for name in OPTIMIZER_SETTINGS if defaults.get(name))
     hyperparameters["optimizer"] = f"QASSO around {type(qasso.base).__name__}({settings})"
     schedule = qasso.schedule

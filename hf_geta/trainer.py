@@ -59,7 +59,8 @@ class GETATrainer(DistillingTrainer):
             the name of its checkpoint; put in eval mode, frozen, never saved. The `distillation_*` fields of
             `geta_config` weigh it against the task's loss.
         *args, **kwargs: as `transformers.Trainer` takes them. `optimizers=(optimizer, None)` wraps an optimizer of
-            your own.
+            your own. `push_to_hub()` publishes the compressed model; what `args.hub_strategy` sends while a run
+            compresses is told by `hf_geta.hub.push_while_training`.
 
     Raises:
         ValueError: at the start of `train()`, before any step: stages that do not fit the run, no prunable axis, no
@@ -239,7 +240,7 @@ class GETATrainer(DistillingTrainer):
                 f"the pruned model's outputs differ from the masked model's by {difference:.1%}: the dependency graph "
                 "is wrong for this model. Nothing was saved; please report the architecture."
             )
-        publish_with_card_(small, self._report(), self.processing_class)
+        publish_with_card_(small, self._report(), self._processor)
         return small
 
     def _save_compressed(self, directory: Path) -> None:
@@ -247,11 +248,17 @@ class GETATrainer(DistillingTrainer):
 
         def write(folder: Path) -> None:
             small.save_pretrained(folder)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+            if self._processor is not None:
+                self._processor.save_pretrained(folder)
             save_report(folder, report, previous=directory)
 
         replace_files(directory, write)
+
+    @property
+    def _processor(self) -> Any:
+        """What prepares the model's inputs, as Trainer saves it."""
+        collators = getattr(self.data_collator, "tokenizer", None)
+        return collators if self.processing_class is None else self.processing_class
 
     def _report(self) -> dict[str, Any]:
         """What the card says of the model as it is now, and of its run."""

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, EvalPrediction, PreTrainedModel, TrainingArguments, set_seed
 
 from hf_geta import GETATrainer
+from hf_geta.checkpoint.directory import replace_text
 from hf_geta.report import load_report, metrics_table, save_report
 
 METRICS = Path(__file__).parent / "metrics"
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if args.push_to_hub:
             trainer.push_to_hub(commit_message="Figures of the saved model")
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    (Path(args.output_dir) / "report.json").write_text(json.dumps({name: entry}, indent=2) + "\n", encoding="utf-8")
+    replace_text(Path(args.output_dir) / "report.json", json.dumps({name: entry}, indent=2) + "\n")
     print(metrics_table({name: entry}))
     return entry
 

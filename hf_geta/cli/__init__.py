@@ -19,6 +19,7 @@ import huggingface_hub
 import transformers
 
 from hf_geta.cli import graph, report, verify
+from hf_geta.report.folder import clean
 
 COMMANDS = (graph, report, verify)
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except (ValueError, OSError) as error:
-        print(f"hf-geta: {str(error).strip().partition(chr(10))[0]}", file=sys.stderr)
+        print(f"hf-geta: {clean(str(error).strip().partition(chr(10))[0], 1000)}", file=sys.stderr)
         return 1
 
 

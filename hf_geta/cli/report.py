@@ -15,7 +15,9 @@ def add_to(commands: Any) -> None:
     what = "what a compressed model has left: groups, widths, bytes and operations, layer by layer"
     command = commands.add_parser("report", help=what, description=f"report: {what}. No weights are read.")
     command.set_defaults(run=report)
-    command.add_argument("folder", metavar="DIR", help="a folder with a compressed model")
+    command.add_argument(
+        "folder", metavar="DIR", help="a folder with a compressed model (of a Hub id: its config.json)"
+    )
     command.add_argument("--html", type=Path, metavar="FILE", help="write it as one self-contained page, too")
 
 

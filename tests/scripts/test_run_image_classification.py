@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import evaluate_checkpoint
 import numpy as np
 import pytest
 import run_image_classification
@@ -108,6 +109,16 @@ def test_the_figures_are_on_the_card_and_in_the_comparison(runs, folder):
         "dense": json.loads((folder / "dense" / "report.json").read_text())["dense"],
         "compressed": runs["loaded"],
     }
+
+
+def test_the_report_says_how_its_figures_are_measured_again(runs, folder):
+    """A folder of one's own is no data set of the Hub, and its path is nobody else's business."""
+    report = load_report(folder / "compressed")
+    assert report["evaluation"] == {"task": "image-classification", "metric": "accuracy", "samples": COUNT}
+    assert "dataset" not in report
+    assert str(folder) not in (folder / "compressed" / "geta_report.json").read_text()
+    data = ["--data_dir", str(folder / "data"), "--tolerance", "0"]
+    assert evaluate_checkpoint.main([str(folder / "compressed"), *data]) == 0
 
 
 def test_evaluation_without_a_model_is_refused(folder):

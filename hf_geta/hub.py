@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import yaml
 from transformers import Trainer, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
@@ -93,7 +94,7 @@ def _license_of(model: str | None, token: str | None) -> str | None:
         return None
     try:
         return huggingface_hub.ModelCard.load(model, token=token).data.license
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         logger.warning("the licence of %s could not be read (%s): add it to the card.", model, type(error).__name__)
         return None
 

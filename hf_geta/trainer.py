@@ -245,6 +245,7 @@ class GETATrainer(DistillingTrainer):
 
     def _save_compressed(self, directory: Path) -> None:
         small, report = self.finalize(), self._report()
+        self._finish_current_push()  # which reads the files that are replaced now
 
         def write(folder: Path) -> None:
             small.save_pretrained(folder)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hf_geta.report.figures import QUALITY, metrics_table, with_dense
+from hf_geta.report.figures import metrics_table, with_dense
 from hf_geta.report.metadata import (
     card_metadata,
     hub_id,
@@ -116,9 +116,9 @@ def _figures(report: Mapping[str, Any]) -> str:
     if not columns:
         return ""
     text = f"### Figures\n\n{metrics_table(columns)}"
-    if not any(columns.get("compressed", {}).get(key) is not None for key in QUALITY):
+    evaluation = report.get("evaluation")
+    if not evaluation:
         return text
-    evaluation = report.get("evaluation", {})
     data = f"`{report['dataset']}`" if report.get("dataset") else "the evaluation data of its run"
     samples = f", {evaluation['samples']:,} samples" if evaluation.get("samples") else ""
     return f"{text}\n\nMeasured on the saved model, loaded from disk, on {data}{samples}."

@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_geta.checkpoint.directory import WEIGHTS_PATTERN, replace_text
 from hf_geta.report.card import PICTURE_NAME, render_card
+from hf_geta.report.metadata import card_metadata
 from hf_geta.report.picture import draw_report
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,11 @@ def save_report(folder: str | Path, report: Mapping[str, Any], previous: str | P
             report = before | report | {"compressed": compressed}
         file_bytes = sum(file["bytes"] for name, file in files.items() if name.endswith(".safetensors"))
         report |= {"files": files, "compressed": report.get("compressed", {}) | {"file_bytes": file_bytes}}
-    replace_text(folder / REPORT_NAME, json.dumps(report, indent=2) + "\n")
-    if picture := draw_report(report):
+    card, picture = render_card(report, _read_card(Path(previous or folder)), before), draw_report(report)
+    if picture:
         replace_text(folder / PICTURE_NAME, picture)
-    replace_text(folder / CARD_NAME, render_card(report, _read_card(Path(previous or folder)), before))
+    replace_text(folder / CARD_NAME, card)
+    replace_text(folder / REPORT_NAME, json.dumps(report, indent=2) + "\n")
 
 
 def load_report(folder: str | Path) -> dict[str, Any]:
@@ -67,11 +69,12 @@ def sha256(path: Path) -> str:
 def _earlier_report(folder: Path) -> dict[str, Any]:
     """The report that a save replaces; one that cannot be read is no reason to lose the new one."""
     try:
-        report = load_report(folder)
-    except (OSError, ValueError, RecursionError) as error:
-        logger.warning("%s cannot be read (%s) and is replaced.", folder / REPORT_NAME, error)
+        if report := load_report(folder):
+            card_metadata(report)
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
+        logger.warning("%s cannot be read (%r) and is replaced.", folder / REPORT_NAME, error)
         return {}
-    return report if isinstance(report, dict) and isinstance(report.get("architecture"), str) else {}
+    return report or {}
 
 
 def _read_card(folder: Path) -> str | None:

@@ -29,7 +29,7 @@ TASKS: dict[str, tuple[str, str]] = {
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?P<yaml>.*?)\n?^---[ \t]*$\n?", re.S | re.M)
+_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\n(?P<yaml>.*?)\n?^---[ \t]*$\n?", re.S | re.M)
 MODEL_INDEX = "model-index"
 
 
@@ -112,7 +112,7 @@ def join_card(metadata: Mapping[str, Any], body: str) -> str:
     return f"---\n{head}---\n{body}" if metadata else body
 
 
-def widths_of(report: Mapping[str, Any], name: str) -> list[float]:
+def _widths(report: Mapping[str, Any], name: str) -> list[float]:
     """The widths, ascending, that "weight_bits" or "activation_bits" have in layers that are not in float."""
     rows = (row for row in report.get("operations", ()) if row.get("weight") is not None)
     return sorted({row[name] for row in rows if row.get(name, FLOAT_BITS) < FLOAT_BITS})
@@ -121,7 +121,7 @@ def widths_of(report: Mapping[str, Any], name: str) -> list[float]:
 def _width_tags(report: Mapping[str, Any]) -> Iterator[str]:
     """Such as "2-to-4-bit-weights"."""
     for name, what in (("weight_bits", "weights"), ("activation_bits", "activations")):
-        if widths := widths_of(report, name):
+        if widths := _widths(report, name):
             ends = "-to-".join(f"{width:g}" for width in dict.fromkeys((widths[0], widths[-1])))
             yield f"{ends}-bit-{what}"
 

@@ -79,10 +79,17 @@ def test_the_code_loads_from_where_the_model_is_published():
 
 def test_the_section_says_all_that_a_reader_needs():
     training = {"hyperparameters": {"learning_rate": 0.003}, "schedule": {"warm-up": 10}}
-    card = render_card(REPORT | {"training": training, "axes": [{"name": "a", "kind": "mlp", "kept": 1, "groups": 2}]})
+    card = render_card(
+        REPORT
+        | {
+            "evaluation": {"samples": 10_000},
+            "training": training,
+            "axes": [{"name": "a", "kind": "mlp", "kept": 1, "groups": 2}],
+        }
+    )
     for words in ("learning_rate: 0.003", "| warm-up | 10 |", "weight_bits:", "hf_geta 0.1.0", "(geta_layers.svg)"):
         assert words in card
-    for words in ("### Limits", "@inproceedings", "2502.16638", "`uoft-cs/cifar10`"):
+    for words in ("### Limits", "@inproceedings", "2502.16638", "on `uoft-cs/cifar10`, 10,000 samples"):
         assert words in card
 
 
@@ -194,6 +201,10 @@ def test_metadata_that_is_no_yaml_stays_as_it_is(head, caplog):
 def test_a_model_index_that_the_hub_could_not_read_is_replaced():
     existing = "---\nmodel-index: nonsense\n---\nText.\n"
     assert len(ModelCard(render_card(REPORT, existing)).data.eval_results) == 1
+
+
+def test_a_byte_order_mark_hides_no_metadata():
+    assert ModelCard(render_card(REPORT, "\ufeff" + MINE)).data.license == "apache-2.0"
 
 
 def test_text_of_the_user_in_another_encoding_goes_back_as_it_was(tmp_path):

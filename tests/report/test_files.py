@@ -69,7 +69,9 @@ def test_a_save_that_fails_leaves_what_was_there(folder, monkeypatch):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("text", ['{"archi', "[1]", "[" * 100_000, '{"architecture": 3}', "null"])
+@pytest.mark.parametrize(
+    "text", ['{"archi', "[1]", "[" * 100_000, '{"architecture": 3}', "null", '{"architecture": "X", "compressed": 3}']
+)
 def test_an_earlier_report_that_cannot_be_read_does_not_cost_the_new_one(text, tmp_path):
     (tmp_path / "geta_report.json").write_text(text)
     save_report(tmp_path, REPORT)

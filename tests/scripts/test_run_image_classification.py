@@ -111,6 +111,12 @@ def test_the_figures_are_on_the_card_and_in_the_comparison(runs, folder):
     }
 
 
+def test_a_comparison_puts_the_dense_figures_on_the_card(runs, folder):
+    compare(str(folder / "dense"), str(folder / "compressed"))
+    assert load_report(folder / "compressed")["dense"] == runs["dense"]
+    assert f"{runs['dense']['file_bytes']:,}" in (folder / "compressed" / "README.md").read_text()
+
+
 def test_the_report_says_how_its_figures_are_measured_again(runs, folder):
     """A folder of one's own is no data set of the Hub, and its path is nobody else's business."""
     report = load_report(folder / "compressed")

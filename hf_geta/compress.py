@@ -196,7 +196,7 @@ def compression_report(model: PreTrainedModel) -> dict[str, Any]:
     preparation, cost = preparation_of(model), measure_compression(model, finalized=True)
     removed = preparation.qadg.zero_groups(model)
     axes = preparation.qadg.axes
-    versions = {"hf_geta": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    versions = {"hf_geta": __version__, "transformers": transformers.__version__, "torch": str(torch.__version__)}
     return {
         "architecture": type(model).__name__,
         "base_model": hub_id(model.config._name_or_path),

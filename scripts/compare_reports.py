@@ -3,8 +3,8 @@
 
     python scripts/compare_reports.py DENSE_FOLDER COMPRESSED_FOLDER OUTPUT.json
 
-Writes {"dense": {...}, "compressed": {...}} and prints the table. Where COMPRESSED_FOLDER holds the model itself, its card
-gets the dense figures too.
+Writes {"dense": {...}, "compressed": {...}} and prints the table. Where COMPRESSED_FOLDER holds the model itself, its
+card gets the dense figures too.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ A folder may come from anyone: its report is checked before anything is made of 
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +54,7 @@ class Contents:
 
     @property
     def widths(self) -> list[Widths]:
-        """Of the layers that can be quantized: of those that are, in a model that is."""
+        """Of the layers that are quantized."""
         quantized = [layer for layer in self.layers if layer.bits < FLOAT_BITS or layer.activation_bits < FLOAT_BITS]
         return [Widths(layer.name, layer.bits, layer.activation_bits) for layer in quantized]
 
@@ -146,7 +145,7 @@ def mapping_of(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def clean(text: str, length: int = 200) -> str:
     """Text for a terminal: without control characters, escape codes, marks of direction; at most so long."""
-    shown = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c for c in text[: length + 1])
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: length + 1])
     return shown if len(shown) <= length else f"{shown[:length]}..."
 
 

@@ -5,13 +5,17 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from hf_geta import GETAConfig, finalize_model, prepare_model
 from hf_geta.checkpoint.packing import pack_codes, unpack_codes
-from hf_geta.report import save_report
+from hf_geta.compress import compression_report
+from hf_geta.report import load_report, save_report
 from hf_geta.report.check import check_folder
-from hf_geta.report.files import load_report
+from hf_geta.report.folder import read_folder
 
+HEADER = 8  # bytes before the header of a safetensors file
 LAYER = "vit.layers.1.mlp.fc1"
 
 
@@ -50,6 +54,48 @@ def test_what_was_saved_holds(compressed_folder):
     checks = list(check_folder(compressed_folder))
     assert all(check.holds for check in checks)
     assert len(checks) == 9
+
+
+TEXT = {"vocab_size": 32, "tie_word_embeddings": True}
+FAMILIES = {
+    "gpt2": (transformers.GPT2LMHeadModel, TEXT | {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}),
+    "llama": (
+        transformers.LlamaForCausalLM,
+        TEXT
+        | {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2},
+    ),
+    "resnet": (
+        transformers.ResNetForImageClassification,
+        {"num_channels": 1, "embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"},
+    ),
+}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_saved_holds_for_tied_grouped_and_convolutional_models(family, granularity, tmp_path):
+    torch.manual_seed(0)
+    kind, sizes = FAMILIES[family]
+    model = kind(kind.config_class(**sizes)).eval()
+    inputs = {"pixel_values": torch.randn(2, 1, 16, 16)}
+    if family != "resnet":
+        inputs = {"input_ids": torch.arange(12).view(2, 6), "use_cache": False}
+    prepare_model(model, GETAConfig(granularity=granularity), inputs)
+    axes = [axis for axis in model.geta.qadg.axes if axis.size > 1]
+    model.geta.qadg.zero_(model, {axis.name: [0] for axis in axes})
+    finalize_model(model).save_pretrained(tmp_path)
+    save_report(tmp_path, compression_report(model))
+    assert failed(tmp_path) == {}
+    layers = {layer.name: layer for layer in read_folder(tmp_path).layers}
+    assert any(layer.shape != layer.dense_shape for layer in layers.values())
+    header = HEADER + int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:HEADER], "little")
+    tensors = load_file(tmp_path / "model.safetensors")
+    vectors = [t for n, t in tensors.items() if t.ndim < 2 and t.dtype != torch.uint8 and not n.endswith("step_size")]
+    rest = sum(tensor.numel() * tensor.element_size() for tensor in vectors)
+    assert sum(layer.bytes for layer in layers.values()) + rest + header == (
+        (tmp_path / "model.safetensors").stat().st_size
+    )
 
 
 def test_a_folder_without_a_report_is_loaded_and_its_codes_are_read(folder):

@@ -35,11 +35,12 @@ class FakeHub:
     def __init__(self, monkeypatch):
         self.commits = []  # (message, {path in the repository: bytes}) in the order of the calls
         self.tokens = set()
-        self.cards = {}
+        self.there = {}  # (repository, file) -> its path
         for name in ("create_repo", "upload_folder", "create_commit"):
             call = getattr(self, name)
             monkeypatch.setattr(huggingface_hub.HfApi, name, lambda api, *a, call=call, **k: call(*a, **k))
-        monkeypatch.setattr(huggingface_hub.repocard, "hf_hub_download", self.download)
+        for module in (huggingface_hub.repocard, huggingface_hub):
+            monkeypatch.setattr(module, "hf_hub_download", self.download)
 
     def create_repo(self, repo_id, token=None, **_):
         self.tokens.add(token)
@@ -65,9 +66,9 @@ class FakeHub:
 
     def download(self, repo_id, filename, token=None, **_):
         self.tokens.add(token)
-        if repo_id not in self.cards:
+        if (repo_id, filename) not in self.there:
             raise LocalEntryNotFoundError(f"{repo_id} has no {filename}")
-        return self.cards[repo_id]
+        return str(self.there[repo_id, filename])
 
 
 @pytest.fixture
@@ -205,7 +206,7 @@ def test_what_was_measured_is_still_on_the_card_that_is_published(run, hub):
 def test_the_licence_of_the_base_model_is_asked_for_once_it_is_published(run, hub, tmp_path):
     trainer, folder = run
     (tmp_path / "base.md").write_text("---\nlicense: bsd-3-clause\n---\n")
-    hub.cards["them/base"] = str(tmp_path / "base.md")
+    hub.there["them/base", "README.md"] = tmp_path / "base.md"
     (folder / "README.md").unlink(missing_ok=True)
     trainer.push_to_hub(finetuned_from="them/base", dataset_tags="them/digits", model_name="Small")
     card = ModelCard(hub.commits[-1][1]["README.md"].decode())
@@ -247,7 +248,7 @@ def small_model(config):
 
 @pytest.mark.parametrize("config", [GETAConfig(), GETAConfig(weight_bits=None)])
 def test_a_model_of_a_loop_of_ones_own_publishes_report_and_card(config, hub, tmp_path):
-    hub.cards["me/small"] = str(tmp_path / "there.md")
+    hub.there["me/small", "README.md"] = tmp_path / "there.md"
     (tmp_path / "there.md").write_text("---\nlicense: mit\n---\n\nOn the Hub already.\n")
     small = small_model(config)
     small.push_to_hub("me/small")
@@ -259,6 +260,17 @@ def test_a_model_of_a_loop_of_ones_own_publishes_report_and_card(config, hub, tm
         assert "On the Hub already." in card.text
         assert card.data.license == "mit"
         assert "geta" in card.data.tags
+
+
+def test_publishing_again_replaces_what_the_first_time_had_said(hub, tmp_path):
+    small_model(GETAConfig(weight_bits=(4, 4), activation_bits=None)).push_to_hub("me/small")
+    for name in ("README.md", "geta_report.json"):
+        (tmp_path / name).write_bytes(hub.commits[-1][1][name])
+        hub.there["me/small", name] = tmp_path / name
+    small_model(GETAConfig(weight_bits=(6, 6), activation_bits=None)).push_to_hub("me/small")
+    first, second = (ModelCard(files["README.md"].decode()).data.tags for _, files in hub.commits)
+    assert "4-bit-weights" in first
+    assert second == [tag.replace("4-bit", "6-bit") for tag in first]
 
 
 def test_a_model_that_publishes_itself_is_copied_and_pickled_as_any_other(tmp_path):

@@ -45,9 +45,9 @@ def parse_bytes(text: str) -> int:
 
 
 def _check_numbers(config: Any) -> None:
-    for name in ("group_sparsity", "initial_bits", "warmup_steps", "projection_steps", "joint_steps"):
+    for name in ("group_sparsity", "target_bops", "initial_bits", "warmup_steps", "projection_steps", "joint_steps"):
         value = getattr(config, name)
-        if not (isinstance(value, int | float) or (value is None and name == "group_sparsity")):
+        if not (isinstance(value, int | float) or (value is None and name in ("group_sparsity", "target_bops"))):
             raise ValueError(f"{name}={value!r}: write a number.")
     if config.group_sparsity is not None and not 0 <= config.group_sparsity < 1:
         raise ValueError(f"group_sparsity={config.group_sparsity}: a share in [0, 1); 0 keeps every group.")

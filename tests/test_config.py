@@ -33,6 +33,7 @@ NAN = float("nan")
         ({"without": "speed"}, "choose one of 'qadg', 'projection', 'joint_rule'"),
         ({"group_sparsity": "0.5"}, "group_sparsity='0.5': write a number"),
         ({"initial_bits": "16"}, "initial_bits='16': write a number"),
+        ({"target_bops": "1e-3"}, "target_bops='1e-3': write a number"),
         ({"weight_bits": (4, 12), "initial_bits": 8}, "raise initial_bits to at least 12"),
         ({"initial_bits": 32}, "initial_bits=32"),
         ({"group_sparsity": 1.0}, r"a share in \[0, 1\)"),

@@ -41,6 +41,8 @@ class RedundantEntries:
         cls, space: PruningSpace, groups: Tensor, widths: WidthTable, rows: Sequence[int]
     ) -> RedundantEntries | None:
         """The entries of the flagged groups, or None if there are none."""
+        if not groups.any():  # before masks as large as the model are made
+            return None
         entries = space.entries(groups)
         if not entries.parameters:
             return None

@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,19 +88,32 @@ def prepare_model(
         if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
             raise ValueError(f"{name} holds NaN: check the data and its preprocessing.")
     # tried on the weights, so that a wrong graph never costs a training run
-    qadg = build_qadg(model, inputs, verify=True, optional=config.optional_axes)
-    if "qadg" in config.without:
-        qadg = layerwise(qadg, model)
-    if config.prunes and not qadg.axes:
-        raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
+    preparation = find_groups(model, config, inputs, verify=True)
     if config.weight_bits is not None:
         with contextlib.ExitStack() as undo:
             undo.callback(restore_modules_, model)  # refused: the model as it came, for other data may do
             quantize_modules_(model, config)
             _calibrate(model, config, batches)
             undo.pop_all()
-    model.geta = Preparation(config, qadg)  # type: ignore[assignment]
+    model.geta = preparation  # type: ignore[assignment]
     return model
+
+
+def find_groups(model: PreTrainedModel, config: GETAConfig, inputs: Inputs, verify: bool | None = None) -> Preparation:
+    """What `prepare_model` learns: the pruning groups that a run with `config` chooses from.
+
+    Args:
+        verify: try them on the model's weights, as in `build_qadg`.
+
+    Raises:
+        ValueError: if there are none, and the run is to prune.
+    """
+    qadg = build_qadg(model, inputs, verify=verify, optional=config.optional_axes)
+    if "qadg" in config.without:
+        qadg = layerwise(qadg, model)
+    if config.prunes and not qadg.axes:
+        raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
+    return Preparation(config, qadg)
 
 
 def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inputs]) -> None:
@@ -151,14 +164,21 @@ def _budget(model: nn.Module, axes: Sequence[Axis], quantizers: NumberedQuantize
             config.target_bops, qadg.operations, axes, shapes, quantizers.weight_rows, quantizers.input_rows
         )
     if config.target_size_bytes is not None:
-        tensors = {**_prunable_parameters(model, remove_duplicate=True), **_saved_buffers(model)}
-        channel_dims = {
-            f"{name}.weight": layer.channel_dim
-            for name, layer in quantized_layers(model).items()
-            if layer.weight_quantizer.log_channel_scale is not None
-        }
-        return size_budget(config.target_size_bytes, tensors, axes, quantizers.weight_rows, channel_dims)
+        return file_budget(model, axes, quantizers, config.target_size_bytes)
     return None
+
+
+def file_budget(
+    model: nn.Module, axes: Sequence[Axis], quantizers: NumberedQuantizers, target_bytes: float = math.inf
+) -> Budget:
+    """The bytes of the weight file that a prepared model ends in, as a function of removed groups and widths."""
+    tensors = {**_prunable_parameters(model, remove_duplicate=True), **_saved_buffers(model)}
+    channel_dims = {
+        f"{name}.weight": layer.channel_dim
+        for name, layer in quantized_layers(model).items()
+        if layer.weight_quantizer.log_channel_scale is not None
+    }
+    return size_budget(target_bytes, tensors, axes, quantizers.weight_rows, channel_dims)
 
 
 @torch.no_grad()
@@ -222,17 +242,27 @@ def measure_compression(model: nn.Module, finalized: bool = False) -> Cost:
         ValueError: if `model` is not prepared.
     """
     config, qadg = preparation_of(model).config, preparation_of(model).qadg
-    removed = qadg.zero_groups(model)
+    return cost_at(
+        model,
+        qadg.zero_groups(model),
+        lambda quantizer, name: _bits(quantizer, config.allowed_bits(name) if finalized else None),
+    )
+
+
+def cost_at(model: nn.Module, removed: Mapping[str, Sequence[int]], bits_of: Callable[[Quantizer, str], float]) -> Cost:
+    """What a prepared model costs without the groups in `removed` (axis name -> indices).
+
+    Args:
+        bits_of: width of a quantizer, of "weight_bits" or of "activation_bits".
+    """
+    qadg = preparation_of(model).qadg
     dense = {name: p.numel() for name, p in _prunable_parameters(model, remove_duplicate=True).items()}
     measured = {operation.weight for operation in qadg.operations}
-    weights_allowed, inputs_allowed = (
-        config.allowed_bits(name) if finalized else None for name in ("weight_bits", "activation_bits")
-    )
     weight_bits, input_bits = {}, {}
     for name, layer in quantized_layers(model).items():
-        weight_bits[f"{name}.weight"] = _bits(layer.weight_quantizer, weights_allowed)
+        weight_bits[f"{name}.weight"] = bits_of(layer.weight_quantizer, "weight_bits")
         if layer.input_quantizer is not None and layer.input_quantizer.enabled:
-            input_bits[f"{name}.weight"] = _bits(layer.input_quantizer, inputs_allowed)
+            input_bits[f"{name}.weight"] = bits_of(layer.input_quantizer, "activation_bits")
     return measure_cost(
         qadg.operations,
         dense,

@@ -31,7 +31,12 @@ def build_skeleton(source: str | Path, class_name: str | None = None) -> PreTrai
     Raises:
         ValueError: no such folder, no config.json there or on the Hub, or no class of that name that takes it.
     """
-    model, values = _build_dense(source, class_name)
+    return skeleton_of(read_config(source), class_name, str(source))
+
+
+def skeleton_of(config: Any, class_name: str | None, source: str) -> PreTrainedModel:
+    """The model that a config describes, as `build_skeleton`; `source` is what errors call it."""
+    model, values = _build_dense(config, class_name, source)
     return _compressed_(model, values) if values is not None else model
 
 
@@ -41,7 +46,7 @@ def dense_skeleton(source: str | Path) -> tuple[PreTrainedModel, Manifest]:
     Raises:
         ValueError: as `build_skeleton`, and for a model that is not compressed by GETA.
     """
-    model, values = _build_dense(source, None)
+    model, values = _build_dense(read_config(source), None, str(source))
     if (values or {}).get("quant_method") != QUANT_METHOD:
         raise ValueError(
             f"{source} is not compressed by GETA: its config.json has no quantization_config of quant_method "
@@ -52,7 +57,7 @@ def dense_skeleton(source: str | Path) -> tuple[PreTrainedModel, Manifest]:
 
 def is_compressed(source: str | Path) -> bool:
     """Whether a Hub id or a folder holds a model that is compressed by GETA; ValueError where it holds none at all."""
-    return (_quantization(_read_config(str(source))) or {}).get("quant_method") == QUANT_METHOD
+    return (_quantization(read_config(source)) or {}).get("quant_method") == QUANT_METHOD
 
 
 def load_model(source: str | Path, class_name: str | None = None) -> PreTrainedModel:
@@ -62,7 +67,7 @@ def load_model(source: str | Path, class_name: str | None = None) -> PreTrainedM
         ValueError: as `build_skeleton`, and where there are no weights for it or only those of another architecture,
             which transformers would replace by random ones.
     """
-    config = _read_config(str(source))
+    config = read_config(source)
     owner = _model_class(config, class_name)
     if (expected := getattr(owner, "config_class", None)) and expected.model_type not in _model_types(config):
         raise ValueError(
@@ -93,9 +98,8 @@ def classes_by_config(model: nn.Module) -> dict[str, type[nn.Module]]:
     return {name: type(module) for name, module in built.named_modules(remove_duplicate=False)}
 
 
-def _build_dense(source: str | Path, class_name: str | None) -> tuple[PreTrainedModel, dict[str, Any] | None]:
+def _build_dense(config: Any, class_name: str | None, source: str) -> tuple[PreTrainedModel, dict[str, Any] | None]:
     """(the model that the config alone builds, on the meta device; what the config says of its quantization)."""
-    config = _read_config(str(source))
     values = _quantization(config)
     if values is not None:
         config = copy.deepcopy(config)
@@ -118,7 +122,13 @@ def _quantization(config: Any) -> dict[str, Any] | None:
     return values if values is None or isinstance(values, dict) else values.to_dict()
 
 
-def _read_config(source: str) -> Any:
+def read_config(source: str | Path) -> Any:
+    """The config of a Hub id or of a folder.
+
+    Raises:
+        ValueError: no such folder, or no config.json there or on the Hub.
+    """
+    source = str(source)
     folder = Path(source).expanduser()
     if folder.exists():
         if not (folder / "config.json").is_file():

@@ -4,8 +4,9 @@
     hf-geta verify MODEL                                           is it so? on the model's weights
     hf-geta report DIR [--html FILE]                               what a compressed model has left, layer by layer
     hf-geta verify DIR                                             is a compressed folder what it says?
+    hf-geta plan CONFIG [--processes N] [--json]                   what a run will do, need and leave
 
-MODEL is a Hub id or a folder with a config.json.
+MODEL is a Hub id or a folder with a config.json, CONFIG the YAML file of a run.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from collections.abc import Sequence
 import huggingface_hub
 import transformers
 
-from hf_geta.cli import graph, report, verify
+from hf_geta.cli import graph, plan, report, verify
 from hf_geta.report.folder import clean
 
-COMMANDS = (graph, report, verify)
+COMMANDS = (graph, verify, plan, report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

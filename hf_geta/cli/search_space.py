@@ -65,9 +65,9 @@ def add_command(commands: Any, name: str, run: Callable[..., int], what: str, mo
         metavar="CLASS",
         help="a model class of transformers, such as AutoModelForSequenceClassification (default: the config's own)",
     )
-    command.add_argument("--batch", type=_positive, default=2, help="samples of the batch (default: 2)")
-    command.add_argument("--length", type=_positive, default=16, help="tokens of each (default: 16)")
-    command.add_argument("--image-size", type=_positive, help="pixels a side (default: as the config says)")
+    command.add_argument("--batch", type=positive, default=2, help="samples of the batch (default: 2)")
+    command.add_argument("--length", type=positive, default=16, help="tokens of each (default: 16)")
+    command.add_argument("--image-size", type=positive, help="pixels a side (default: as the config says)")
     command.add_argument(
         "--optional",
         action="append",
@@ -81,7 +81,8 @@ def add_command(commands: Any, name: str, run: Callable[..., int], what: str, mo
     return command
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of a command line, 1 or more."""
     with contextlib.suppress(ValueError):
         if (number := int(text)) >= 1:
             return number

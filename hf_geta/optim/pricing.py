@@ -53,6 +53,7 @@ class Pricing:
         ceilings: (quantizers,) the widths that the last decision left, in bits; upper bounds while the run goes on.
         price: of the last move of the last decision: loss per cost, both as `allocate` counts them.
         cost: C that the last decision leads to.
+        least: about the least C that groups and widths reach.
 
     Raises:
         ValueError: when no choice of groups and widths reaches the budget.
@@ -78,7 +79,13 @@ class Pricing:
         self.ceilings = torch.full_like(self.noise, float(config.initial_bits))  # none before the first decision
         self.price, self.start = 0.0, self._cost_before()
         self.cost = self.start
-        self._check_reachable()
+        self.least = self._least_cost()
+        if self.least > budget.target:
+            raise ValueError(
+                f"the budget of {budget.target:g} cannot be met: with every width at its lower bound and as many "
+                f"groups removed as group_sparsity, min_groups and group_divisible allow, about {self.least:.4g} "
+                "is left. Raise the budget, lower weight_bits or activation_bits, or let more groups go."
+            )
 
     def observe(self) -> None:
         """Add what the present gradients say of groups and widths; no host sync."""
@@ -177,17 +184,11 @@ class Pricing:
     def _cost_before(self) -> float:
         return self.budget.cost([0] * len(self.space.axis_sizes), [bits[-1] for bits in self.allowed_bits])
 
-    def _check_reachable(self) -> None:
+    def _least_cost(self) -> float:
         ones = [1.0] * self.space.num_groups
         none_removed = torch.zeros(self.space.num_groups, dtype=torch.bool)
-        least = dataclasses.replace(self.budget, target=0.0)
-        found = self._solve(least, ones, [1.0] * len(self.signed), none_removed, self.most_removed)
-        if found.cost > self.budget.target:
-            raise ValueError(
-                f"the budget of {self.budget.target:g} cannot be met: with every width at its lower bound and as many "
-                f"groups removed as group_sparsity, min_groups and group_divisible allow, about {found.cost:.4g} "
-                "is left. Raise the budget, lower weight_bits or activation_bits, or let more groups go."
-            )
+        goal = dataclasses.replace(self.budget, target=0.0)
+        return self._solve(goal, ones, [1.0] * len(self.signed), none_removed, self.most_removed).cost
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""

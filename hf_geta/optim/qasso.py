@@ -69,7 +69,8 @@ class QASSO(OptimizerWrapper):
         self.schedule = Schedule.from_config(config, total_steps)
         self.space = space
         self.weights = numbered.weights
-        self.widths = WidthTable(numbered.quantizers, next((p.device for p in space.parameters), None))
+        # of a model on the meta device, groups and widths are real all the same
+        self.widths = WidthTable(numbered.quantizers, next((p.device for p in space.parameters if not p.is_meta), None))
         # one row per parameter of the space, -1 without a quantizer
         self.quantizer_rows = [numbered.weight_rows.get(name, -1) for name in space.parameter_names]
         self.is_weight = torch.tensor([weight is not None for weight in numbered.weights], dtype=torch.bool)

@@ -237,6 +237,7 @@ def _row_blocks(flat: Tensor) -> Iterator[slice]:
     length = flat.shape[0]
     if flat.numel() == 0:
         return
-    step = max(1, BLOCK_NUMEL * length // flat.numel()) if flat.device.type == "cpu" else length
+    is_cached = flat.device.type == "cpu" and type(flat) is Tensor  # a fake tensor has no numbers to keep in a cache
+    step = max(1, BLOCK_NUMEL * length // flat.numel()) if is_cached else length
     for start in range(0, length, step):
         yield slice(start, start + step)

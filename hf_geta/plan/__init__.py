@@ -1,0 +1,1 @@
+"""WHAT will it cost? A run's plan, before anything is loaded or trained."""

@@ -1,0 +1,133 @@
+"""What each device holds while it trains, and what it sends to the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_geta.checkpoint.models import first_line
+from hf_geta.config_checks import MAX_BITS
+from hf_geta.graph.capture import TRACING_ERRORS
+from hf_geta.optim.qasso import QASSO
+from hf_geta.plan.memory import OptimizerMemory, PassMemory, measure_optimizer, measure_pass, tensor_bytes
+from hf_geta.plan.run import Run
+from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.quantizers import Quantizer
+
+# What forgetting holds of every redundant entry: its index, and at most so many float32 vectors in one expression.
+INDEX_BYTES, FORGETTING_VECTORS = 8, 12
+
+Measured = TypeVar("Measured", OptimizerMemory, PassMemory)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device; None where this machine cannot tell, with the reason in `unknown`.
+
+    Attributes:
+        weights: parameters (those of quantizers, too) and buffers.
+        buckets: DDP's copy of the gradients.
+        optimizer: the base optimizer's state.
+        search_space: QASSO's own: which group owns what, scores, flags.
+        activations: what a forward leaves for the backward.
+        optimizer_step: what an optimizer step of the joint stage holds beside all that stays.
+        peak: the most at once.
+    """
+
+    weights: int
+    gradients: int
+    buckets: int
+    optimizer: int | None
+    search_space: int
+    activations: int | None
+    optimizer_step: int | None
+    peak: int | None
+    unknown: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Communication:
+    """Bytes that a process sends and receives under DDP.
+
+    Attributes:
+        gradients: all-reduced in each step without compression.
+        quantizer_gradients: in addition, those of the quantizers.
+        clips: broadcast in each forward: what calibration saw, buffers of the input quantizers.
+        decision: broadcast at the start of each pruning period.
+    """
+
+    gradients: int
+    quantizer_gradients: int
+    clips: int
+    decision: int
+
+
+def plan_memory(run: Run, qasso: QASSO, inputs: Mapping[str, Tensor], processes: int, forgotten: float) -> Memory:
+    """The memory of a run whose skeleton is prepared.
+
+    Args:
+        forgotten: entries of parameters that are redundant at a time.
+    """
+    model, args = run.model, run.args
+    trained = [p for p in model.parameters() if p.requires_grad]
+    accumulates = args.gradient_accumulation_steps > 1
+    base, no_state = _tried(lambda: measure_optimizer(*Trainer.get_optimizer_cls_and_kwargs(args, model), trained))
+    one_pass, no_pass = _tried(lambda: measure_pass(model, inputs, run.precision, run.checkpointing, accumulates))
+
+    gradients = tensor_bytes(trained)
+    memory = Memory(
+        weights=tensor_bytes([*model.parameters(), *model.buffers()]),
+        gradients=gradients,
+        buckets=gradients if processes > 1 else 0,
+        optimizer=base.state if base else None,
+        search_space=_search_space_bytes(qasso),
+        activations=one_pass.activations if one_pass else None,
+        optimizer_step=None,
+        peak=None,
+        unknown="; ".join(filter(None, [no_state, no_pass])),
+    )
+    if base is None or one_pass is None:
+        return memory
+    forgetting = round(forgotten * (INDEX_BYTES + 4 * FORGETTING_VECTORS))
+    step = max(base.temporary, _observation_bytes(qasso), forgetting)
+    passing = one_pass.peak + (gradients if accumulates else 0)
+    stays = memory.weights + memory.buckets + base.state + memory.search_space
+    return dataclasses.replace(memory, optimizer_step=step, peak=stays + max(passing, gradients + step))
+
+
+def _tried(measure: Callable[[], Measured]) -> tuple[Measured | None, str]:
+    """(what is measured, "") or (None, why it cannot be): an optimizer that is not installed, a forward that reads."""
+    try:
+        return measure(), ""
+    except (*TRACING_ERRORS, ImportError, NotImplementedError) as error:
+        return None, first_line(error)
+
+
+def _search_space_bytes(qasso: QASSO) -> int:
+    own: list[Tensor] = [grouped.group_ids for grouped in qasso.space.dims]
+    own += [value for value in vars(qasso.targets).values() if isinstance(value, Tensor)]
+    return tensor_bytes([*own, qasso.removed, qasso.redundant])
+
+
+def _observation_bytes(qasso: QASSO) -> int:
+    """x g of the largest parameter that groups own, in float32, with copies of both where they are not."""
+    largest = max(qasso.space.parameters, key=nn.Parameter.numel, default=None)
+    return 0 if largest is None else largest.numel() * 4 * (1 if largest.dtype == torch.float32 else 3)
+
+
+def plan_communication(model: nn.Module, qasso: QASSO, gradients: int) -> Communication:
+    """What a prepared model with its optimizer sends, beside the `gradients` of the float model."""
+    quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
+    inputs = {id(layer.input_quantizer) for layer in quantized_layers(model).values() if layer.input_quantizer}
+    widths = 0 if qasso.targets.ceilings is None else len(qasso.widths.quantizers)  # a byte each, as each group's flag
+    return Communication(
+        gradients=gradients,
+        quantizer_gradients=tensor_bytes(p for quantizer in quantizers for p in quantizer.parameters()),
+        clips=len(inputs) * 4 * (MAX_BITS + 1),
+        decision=qasso.space.num_groups + widths,
+    )

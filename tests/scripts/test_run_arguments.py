@@ -8,7 +8,9 @@ from images import DataArguments
 from run_arguments import parse_run
 from transformers import TrainingArguments
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted(
+    path for path in (Path(__file__).parents[2] / "configs").glob("*.yaml") if "-wikitext-" not in path.stem
+)
 TYPES = (ModelArguments, DataArguments, TrainingArguments)
 FILE = """
 model_type: vit
@@ -87,7 +89,7 @@ def test_an_unknown_flag_is_refused_even_if_it_begins_a_known_one(config, flag):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_a_complete_run(path):
-    model, data, training, geta = parse_run(TYPES, ["--config", str(path)])
+    model, data, training, geta = parse_run(TYPES, ["--config", str(path), "--use_cpu", "true"])  # bf16 anywhere
     assert training.do_train
     assert training.output_dir == f"outputs/{path.stem}"
     if geta.has_budget:

@@ -55,6 +55,7 @@ class PackedLayer(nn.Module):
         # Sizes, strides, padding: whatever the dense class keeps beside its tensors and submodules.
         hyperparameters = {k: v for k, v in vars(dense).items() if k not in vars(self) and k != "_is_hf_initialized"}
         vars(self).update(hyperparameters, training=dense.training)
+        self.hyperparameters = tuple(hyperparameters)
         self.manifest = manifest
         self.weight_dtype: torch.dtype = dense.weight.dtype  # type: ignore[assignment]
         self.shared_with = () if shared_with is None else (shared_with,)  # a tuple: not a submodule of this layer
@@ -105,9 +106,9 @@ class PackedLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and (isinstance(value, nn.Parameter) or value.dtype != torch.uint8):
-            raise TypeError(
-                f"the weight of a {type(self).__name__} is packed codes, which only other codes can replace; "
-                "tie, resize or train the model before it is packed."
+            raise ValueError(
+                f"the weight of a {type(self).__name__} is packed codes, which only other codes (uint8) can replace; "
+                "tie, resize or train the model before it is packed, or dequantize it."
             )
         super().__setattr__(name, value)
 
@@ -207,6 +208,11 @@ def replace_with_packed_(model: nn.Module, layers: Mapping[str, LayerManifest]) 
         if (kind := packed_class(dense)) is None:
             known = ", ".join(each.__name__ for each in PACKED_CLASSES)
             raise ValueError(f"layers: {name} is a {type(dense).__name__}; what can be packed is {known}.")
+        if layer.granularity == "channel" and (layer.channel_dim or 0) != kind.channel_dim:
+            raise ValueError(
+                f"layers: {name} has channel_dim={layer.channel_dim}, but the outputs of a {type(dense).__name__} are "
+                f"dimension {kind.channel_dim}."
+            )
         packed[name] = kind(dense, layer, packed[layer.shared_with] if layer.shared_with else None)
         for alias in names[dense]:
             model.set_submodule(alias, packed[name])

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+from hf_geta.checkpoint.manifest_checks import check_fits, check_manifest, is_size
 from hf_geta.checkpoint.names import Rename, file_to_module, module_to_file
-from hf_geta.config_checks import GRANULARITIES, MAX_BITS, MIN_BITS
 
 QUANT_METHOD = "geta"
 FORMAT_VERSION = 1
@@ -25,14 +25,16 @@ FORMAT_VERSION = 1
 class LayerManifest:
     """One packed layer: the width of its weight, its shape as kept, its step size, and how its input is quantized.
 
-    `step_size` is that of a granularity of "tensor"; those of channels are a tensor of the file. `shared_with` names
-    the layer whose packed weight, step size included, this one uses, where two layers share one. Step sizes are
-    float32 numbers: Python's floats, and with them JSON, hold each exactly.
+    `step_size` is that of a granularity of "tensor"; those of channels are a tensor of the file, and run along
+    `channel_dim` of the shape (None: 0). `shared_with` names the layer whose packed weight, step size included, this
+    one uses, where two layers share one. Step sizes are float32 numbers: Python's floats, and with them JSON, hold
+    each exactly.
     """
 
     bits: int
     shape: tuple[int, ...]
     granularity: str = "tensor"
+    channel_dim: int | None = None
     step_size: float | None = None
     activation_bits: int | None = None
     activation_signed: bool | None = None
@@ -43,6 +45,12 @@ class LayerManifest:
         """Plain JSON values; what does not apply to the layer is left out."""
         values = {**dataclasses.asdict(self), "shape": list(self.shape)}
         return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerManifest:
+        """The entry that `to_dict` wrote, out of a manifest that was checked."""
+        numbers = {key: float(value) for key, value in values.items() if "step_size" in key and value is not None}
+        return cls(**{**values, **numbers, "shape": tuple(values["shape"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,26 +83,12 @@ class Manifest:
         Raises:
             ValueError: for another format version, an unknown key, or a value outside its domain.
         """
-        version = values.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"format_version={version}: this hf_geta reads version {FORMAT_VERSION}; "
-                "the checkpoint needs another release, usually the newest: pip install --upgrade hf_geta."
-            )
-        known = {"quant_method", "format_version", *(field.name for field in dataclasses.fields(cls))}
-        _check_keys("quantization_config", values, known)
-        for path, value in values.get("attributes", {}).items():
-            if not _is_size(value):
-                raise ValueError(f"attributes: {path} = {value!r}: attributes are whole numbers, 1 or more.")
-        layers = {name: _parse_layer(name, layer) for name, layer in values.get("layers", {}).items()}
-        for name, layer in layers.items():
-            owner = layers.get(layer.shared_with) if layer.shared_with else layer
-            if owner is None or (owner is not layer and owner.shared_with) or owner.shape != layer.shape:
-                raise ValueError(f"layers: {name} is shared_with {layer.shared_with!r}, which holds no such weight.")
+        layer_keys = [field.name for field in dataclasses.fields(LayerManifest)]
+        check_manifest(values, FORMAT_VERSION, [field.name for field in dataclasses.fields(cls)], layer_keys)
         return cls(
-            shapes={name: _parse_shape(name, shape) for name, shape in values.get("shapes", {}).items()},
+            shapes={name: tuple(shape) for name, shape in values.get("shapes", {}).items()},
             attributes=dict(values.get("attributes", {})),
-            layers=layers,
+            layers={name: LayerManifest.from_dict(layer) for name, layer in values.get("layers", {}).items()},
         )
 
 
@@ -132,10 +126,12 @@ def fit_manifest(manifest: Manifest, model: nn.Module) -> Manifest:
     """A manifest from config.json in the names of `model`, the uncompressed model that the config builds.
 
     As in transformers, a checkpoint of `BertForX` loads into `BertModel` (the prefix goes, the head is left out) and
-    the other way round (the prefix comes).
+    the other way round (the prefix comes). A head that the config builds with other rows (`num_labels=` was given)
+    stays in float as it is built: transformers then asks for `ignore_mismatched_sizes=True`, as for any checkpoint.
 
     Raises:
-        ValueError: for a name that the model does not have, or a shape that does not fit into the model's.
+        ValueError: for a name that the model does not have or that two entries mean, for a shape that does not fit
+            into the model's, and for an attribute that counts more than any tensor holds.
     """
     here = _Finder(model)
     fitted = _rename(
@@ -144,14 +140,59 @@ def fit_manifest(manifest: Manifest, model: nn.Module) -> Manifest:
         lambda name: here.require("attributes", name, here.attribute),
         lambda name: here.require("layers", name, here.layer),
     )
-    for name, shape in fitted.shapes.items():
-        _check_fits(name, shape, here.tensors[name].shape)
+    fitted = _with_other_heads(fitted, here)
+    _check_layers(fitted, here)
+    weights = {f"{name}.weight": layer.shape for name, layer in fitted.layers.items()}
+    shapes: dict[Tensor, tuple[int, ...]] = {}
+    for name, shape in {**fitted.shapes, **weights}.items():
+        tensor = here.tensors[name]
+        check_fits(name, shape, tensor.shape)
+        if shapes.setdefault(tensor, shape) != shape:
+            raise ValueError(f"{name} has shape {list(shape)} in the checkpoint, and another one by its other name.")
+    largest = max(tensor.numel() for tensor in here.tensors.values())
+    for path, value in fitted.attributes.items():
+        if value > largest:
+            raise ValueError(f"attributes: {path} = {value} is more than any tensor of the model has elements.")
+    return Manifest.from_dict(fitted.to_dict())
+
+
+def _check_layers(fitted: Manifest, here: _Finder) -> None:
+    """A layer has a weight, which is described once: by this layer, or by the one that it is shared with."""
+    tied = getattr(here.model, "all_tied_weights_keys", {})
+    modules: set[nn.Module] = set()
     for name, layer in fitted.layers.items():
-        weight = here.tensors.get(f"{name}.weight")
-        if weight is None:
-            raise ValueError(f"layers: {name} is a {type(here.modules[name]).__name__}, which has no weight to pack.")
-        _check_fits(f"{name}.weight", layer.shape, weight.shape)
-    return fitted
+        weight, module = f"{name}.weight", here.modules[name]
+        if weight not in here.tensors:
+            raise ValueError(f"layers: {name} is a {type(module).__name__}, which has no weight to pack.")
+        if weight in fitted.shapes or module in modules:
+            raise ValueError(f"layers: {name} is in the checkpoint's config.json twice.")
+        if weight in tied and f"{layer.shared_with}.weight" != tied[weight]:
+            raise ValueError(
+                f"layers: {name} has a weight of its own, which the model's config ties to {tied[weight]}."
+            )
+        modules.add(module)
+
+
+def _with_other_heads(fitted: Manifest, here: _Finder) -> Manifest:
+    """Where a linear layer of the head has other rows than the config wants, it is left as the config builds it.
+
+    Its bias says how many the config wants, or `num_labels`: outputs are never pruned.
+    """
+    weights = {f"{name}.weight": layer.shape for name, layer in fitted.layers.items()}
+    rebuilt = {}
+    for weight, shape in {**fitted.shapes, **weights}.items():
+        name = weight.removesuffix(".weight")
+        if not (here.is_head(name) and isinstance(here.modules.get(name), nn.Linear) and len(shape) == 2):
+            continue
+        rows = tuple(here.tensors[weight].shape[:1])
+        if (bias := here.tensors.get(f"{name}.bias")) is not None:
+            rows = fitted.shapes.get(f"{name}.bias", tuple(bias.shape))
+        elif rows != (getattr(here.model.config, "num_labels", None),):
+            continue
+        if rows != shape[:1]:
+            rebuilt[weight] = (*rows, *shape[1:])
+    layers = {name: layer for name, layer in fitted.layers.items() if f"{name}.weight" not in rebuilt}
+    return dataclasses.replace(fitted, shapes={**fitted.shapes, **rebuilt}, layers=layers)
 
 
 class _Finder:
@@ -160,7 +201,7 @@ class _Finder:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        self.tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)  # those that a file has
         self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self._rename = file_to_module(model)
 
@@ -171,19 +212,31 @@ class _Finder:
         return self._first((_of_layer(self._rename, name), name), self.modules.__contains__)
 
     def attribute(self, path: str) -> str | None:
-        return self._first((self._rename(path), path), lambda found: _is_size(self._value(found)))
+        return self._first((self._rename(path), path), lambda found: is_size(self._value(found)))
+
+    def is_head(self, name: str) -> bool:
+        """Whether this is a part of the model beside its base model."""
+        return hasattr(self.model, self.prefix[:-1]) and not name.startswith(self.prefix)
 
     def require(self, section: str, name: str, find: Callable[[str], str | None]) -> str | None:
-        """What `find` finds; None only for the head of another class of model."""
+        """What `find` finds; None only for what another class of model has: a head, or a part that is None here."""
         if (found := find(name)) is not None:
             return found
         saved_from = getattr(self.model.config, "architectures", None) or [type(self.model).__name__]
-        if type(self.model).__name__ not in saved_from and not name.startswith(self.prefix):
+        if type(self.model).__name__ not in saved_from and (not name.startswith(self.prefix) or self._leaves_out(name)):
             return None
         raise ValueError(
             f"{section}: {type(self.model).__name__} has no {name!r}: the checkpoint was made with another model "
             "class or with a newer transformers."
         )
+
+    def _leaves_out(self, name: str) -> bool:
+        """Whether the name goes through an attribute that is None, such as the pooler of a model without one."""
+        owner: Any = self.model
+        for step in self._rename(name).split("."):
+            if (owner := getattr(owner, step, self)) in (None, self):
+                break
+        return owner is None
 
     def _first(self, names: Sequence[str], exists: Callable[[str], bool]) -> str | None:
         candidates = [each for name in names for each in (name, name.removeprefix(self.prefix), self.prefix + name)]
@@ -193,9 +246,13 @@ class _Finder:
         """The value at `module.attribute` or `module.config.attribute`; None where there is no such thing."""
         owner, _, attribute = path.rpartition(".")
         if owner in self.modules:
-            return getattr(self.modules[owner], attribute, None)
-        module, _, config = owner.rpartition(".")
-        return getattr(getattr(self.modules.get(module), config, None), attribute, None)
+            return vars(self.modules[owner]).get(attribute)
+        module, _, name = owner.rpartition(".")
+        config = vars(self.modules[module]).get(name) if module in self.modules else None
+        return vars(config).get(attribute) if isinstance(config, PreTrainedConfig) else None
+
+
+Entry = TypeVar("Entry")
 
 
 def _rename(
@@ -207,14 +264,23 @@ def _rename(
     """The manifest under new names, without the entries whose name becomes None."""
     layers = {
         name: dataclasses.replace(entry, shared_with=entry.shared_with and layer(entry.shared_with))
-        for old, entry in manifest.layers.items()
-        if (name := layer(old)) is not None
+        for name, entry in _renamed("layers", manifest.layers, layer).items()
     }
     return Manifest(
-        shapes={name: shape for old, shape in manifest.shapes.items() if (name := tensor(old)) is not None},
-        attributes={name: value for old, value in manifest.attributes.items() if (name := attribute(old)) is not None},
+        shapes=_renamed("shapes", manifest.shapes, tensor),
+        attributes=_renamed("attributes", manifest.attributes, attribute),
         layers=layers,
     )
+
+
+def _renamed(section: str, entries: Mapping[str, Entry], rename: Callable[[str], str | None]) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    for old, entry in entries.items():
+        if (name := rename(old)) is not None:
+            if name in found:
+                raise ValueError(f"{section}: {old} is {name}, which has an entry already.")
+            found[name] = entry
+    return found
 
 
 def _or_unchanged(find: Callable[[str], str | None]) -> Rename:
@@ -224,59 +290,3 @@ def _or_unchanged(find: Callable[[str], str | None]) -> Rename:
 def _of_layer(rename: Rename, name: str) -> str:
     """transformers' renamings know tensors only: a layer is asked for by its weight."""
     return rename(f"{name}.weight").removesuffix(".weight")
-
-
-def _parse_layer(name: str, values: Mapping[str, Any]) -> LayerManifest:
-    fields = [field.name for field in dataclasses.fields(LayerManifest)]
-    _check_keys(f"layers: {name}", values, fields)
-    bits, activation_bits = values.get("bits"), values.get("activation_bits")
-    for key, width in (("bits", bits), ("activation_bits", activation_bits)):
-        optional = key == "activation_bits" and width is None
-        if not optional and not (_is_size(width) and width in range(MIN_BITS, MAX_BITS + 1)):
-            raise ValueError(f"layers: {name} has {key}={width!r}: widths are whole, {MIN_BITS} to {MAX_BITS} bits.")
-    layer = LayerManifest(**{**values, "shape": _parse_shape(f"{name}.weight", values.get("shape"))})
-    if layer.granularity not in GRANULARITIES:
-        raise ValueError(f"layers: {name} has granularity={layer.granularity!r}: it is one of {GRANULARITIES}.")
-    if activation_bits is not None and not isinstance(layer.activation_signed, bool):
-        signed = layer.activation_signed
-        raise ValueError(f"layers: {name} has activation_bits={activation_bits} and activation_signed={signed!r}.")
-    per_tensor = layer.granularity == "tensor" and layer.shared_with is None
-    _check_step_size(name, "step_size", layer.step_size, per_tensor, "a weight of its own with granularity 'tensor'")
-    quantized = activation_bits is not None
-    _check_step_size(name, "activation_step_size", layer.activation_step_size, quantized, "activation_bits")
-    return layer
-
-
-def _check_step_size(name: str, key: str, value: Any, required: bool, owner: str) -> None:
-    """A positive number, as float32 too, where there is what it is the step size of; else none."""
-    if not required:
-        if value is not None:
-            raise ValueError(f"layers: {name} has {key}={value!r}, which only a layer with {owner} has.")
-        return
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    limits = torch.finfo(torch.float32)
-    if not (is_number and limits.tiny <= value <= limits.max):
-        raise ValueError(f"layers: {name} has {key}={value!r}: a step size is a finite, positive float32 number.")
-
-
-def _parse_shape(name: str, shape: Any) -> tuple[int, ...]:
-    if not isinstance(shape, Sequence) or isinstance(shape, str) or not all(map(_is_size, shape)):
-        raise ValueError(f"{name} has shape {shape!r}: a shape is a list of whole numbers, 1 or more.")
-    return tuple(shape)
-
-
-def _check_fits(name: str, shape: Sequence[int], dense: Sequence[int]) -> None:
-    if len(shape) != len(dense) or any(size > full for size, full in zip(shape, dense, strict=True)):
-        raise ValueError(
-            f"{name} has shape {list(shape)} in the checkpoint, which does not fit into the {list(dense)} "
-            "that the model's config builds."
-        )
-
-
-def _check_keys(where: str, values: Mapping[str, Any], known: Sequence[str] | set[str]) -> None:
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{where} has no {', '.join(unknown)}; its keys are {', '.join(sorted(known))}.")
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

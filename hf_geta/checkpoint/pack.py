@@ -88,10 +88,13 @@ def _describe(layers: Mapping[str, QuantizedLayer]) -> dict[str, LayerManifest]:
         if inputs is not None and not inputs.enabled:
             inputs = None  # never calibrated: its input stayed in float
         per_tensor = layer.weight_quantizer.log_channel_scale is None
+        if not per_tensor and not ((sizes := _step_sizes(layer)).isfinite() & (sizes > 0)).all():
+            raise ValueError(f"{name} has channels whose step size is not a positive float32 number.")
         manifests[name] = LayerManifest(
             bits=_whole_bits(f"{name}.weight", layer.weight_quantizer),
             shape=tuple(layer.weight.shape),
             granularity="tensor" if per_tensor else "channel",
+            channel_dim=None if per_tensor else layer.channel_dim or None,
             step_size=float(layer.weight_quantizer.step_size) if per_tensor and owner == name else None,
             activation_bits=None if inputs is None else _whole_bits(f"the input of {name}", inputs),
             activation_signed=None if inputs is None else inputs.signed,
@@ -116,8 +119,13 @@ def _fill_(packed: PackedLayer, layer: QuantizedLayer) -> None:
     """Codes and step sizes per channel of a quantized layer into the empty packed one."""
     if packed.shared_with:
         return
+    if packed.manifest.granularity == "channel":
+        packed.get_buffer("step_size").copy_(_step_sizes(layer))
+    packed._buffers["weight"] = pack_codes(layer.weight_quantizer.codes(layer.weight), packed.manifest.bits)
+
+
+def _step_sizes(layer: QuantizedLayer) -> Tensor:
+    """d per output channel, (out,)."""
     quantizer = layer.weight_quantizer
-    if quantizer.channel_scale is not None:
-        step_size = quantizer.step_size * quantizer.channel_scale  # (out, 1, ...) or (1, out)
-        packed.get_buffer("step_size").copy_(step_size.reshape(-1))
-    packed._buffers["weight"] = pack_codes(quantizer.codes(layer.weight), packed.manifest.bits)
+    assert quantizer.channel_scale is not None
+    return (quantizer.step_size * quantizer.channel_scale).reshape(-1)  # of (out, 1, ...) or (1, out)

@@ -150,7 +150,7 @@ def test_nothing_written_into_the_weight_stays_there():
     expected = packed.weight.clone()
     packed.weight.zero_()
     assert torch.equal(packed.weight, expected)
-    with pytest.raises(TypeError, match="the weight of a PackedLinear is packed codes"):
+    with pytest.raises(ValueError, match="the weight of a PackedLinear is packed codes"):
         packed.weight = nn.Parameter(torch.zeros(5, 7))
     assert torch.equal(packed.weight, expected)
 

@@ -8,7 +8,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from hf_geta.checkpoint.manifest import LayerManifest, Manifest, fit_manifest, read_manifest, write_manifest_
 
-QUERY = "bert.encoder.layer.0.attention.self.query"
+SELF = "bert.encoder.layer.0.attention.self"
+QUERY = f"{SELF}.query"
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_a_manifest_survives_json_and_is_these_values():
             "y": LayerManifest(
                 4, (3, 4), "channel", activation_bits=8, activation_signed=True, activation_step_size=0.25
             ),
-            "x": LayerManifest(2, (3, 4), shared_with="y"),
+            "x": LayerManifest(4, (3, 4), "channel", shared_with="y"),
         },
     )
     values = manifest.to_dict()
@@ -42,7 +43,7 @@ def test_a_manifest_survives_json_and_is_these_values():
         "shapes": {"a": [3, 4], "b": [2]},
         "attributes": {"layer.heads": 2},
         "layers": {
-            "x": {"bits": 2, "shape": [3, 4], "granularity": "tensor", "shared_with": "y"},
+            "x": {"bits": 4, "shape": [3, 4], "granularity": "channel", "shared_with": "y"},
             "y": {
                 "bits": 4,
                 "shape": [3, 4],
@@ -57,6 +58,12 @@ def test_a_manifest_survives_json_and_is_these_values():
     assert list(values["shapes"]) == ["a", "b"]
     assert list(values["layers"]) == ["x", "y", "z"]
     assert Manifest.from_dict(json.loads(json.dumps(values))) == manifest
+
+
+def test_a_step_size_may_be_written_as_a_whole_number():
+    layer = Manifest.from_dict({"layers": {"a": _layer(step_size=10**30)}}).layers["a"]
+    assert isinstance(layer.step_size, float)
+    assert layer.step_size == 1e30
 
 
 def test_a_model_without_a_manifest_reads_as_not_compressed(model):
@@ -76,7 +83,8 @@ def test_a_model_of_another_quantization_method_is_refused(model):
     ("values", "message"),
     [
         ({"format_version": 2}, "format_version=2: this hf_geta reads version 1; .* pip install --upgrade hf_geta"),
-        ({"format_version": "1"}, "format_version=1: "),
+        ({"format_version": "1"}, "format_version='1': "),
+        ({"format_version": True}, "format_version=True: "),
         ({"blocks": {}}, "quantization_config has no blocks; its keys are attributes, format_version, layers"),
         ({"shapes": {"a": [0, 3]}}, r"a has shape \[0, 3\]: a shape is a list of whole numbers, 1 or more"),
         ({"shapes": {"a": [2.0]}}, "a has shape"),
@@ -120,6 +128,25 @@ def test_a_model_of_another_quantization_method_is_refused(model):
             {"layers": {"a": _layer(shared_with="b"), "b": _layer()}},
             "layers: a has step_size=0.5, which only a layer with a weight of its own",
         ),
+        ({"shapes": []}, r"quantization_config: shapes is \[\]: it is an object of named entries"),
+        ({"layers": None}, "quantization_config: layers is None"),
+        ({"layers": {"a": 4}}, "layers: a is 4: a layer is an object with some of the keys activation_bits"),
+        ({"layers": {"a": _layer(channel_dim=1)}}, "layers: a has channel_dim=1: it is 1 or more, of channels"),
+        ({"layers": {"a": _layer(activation_signed=True)}}, "has activation_bits=None and activation_signed=True"),
+        ({"layers": {"a": _layer(granularity=["tensor"])}}, r"has granularity=\['tensor'\]: it is one of"),
+        (
+            {"layers": {"a": _layer(shared_with=["b"], step_size=None)}},
+            r"a is shared_with \['b'\], which holds no such",
+        ),
+        (
+            {"layers": {"a": _layer(shared_with="a", step_size=None)}},
+            "a is shared_with 'a', which holds no such weight",
+        ),
+        (
+            {"layers": {"a": _layer(shared_with="b", step_size=None), "b": _layer(bits=5)}},
+            "layers: a is shared_with 'b', which holds no such weight",
+        ),
+        ({"shapes": {"a": list(range(10**6))}}, r"a has shape \[0, 1, 2, 3, 4, 5, \.\.\.\]"),
         ({"layers": {"a": _layer(granularity="row")}}, "layers: a has granularity='row': it is one of"),
         ({"layers": {"a": _layer(zero_point=3)}}, "layers: a has no zero_point; its keys are"),
         (
@@ -153,6 +180,30 @@ def test_a_manifest_that_makes_no_sense_is_refused_and_says_why(values, message)
         ({"shapes": {"bert.pooler.dense.wight": [8]}}, "shapes: BertForSequenceClassification has no 'bert.pool"),
         ({"shapes": {"classifier.bias": [3]}}, r"classifier.bias has shape \[3\] .* does not fit into the \[2\]"),
         ({"shapes": {"classifier.bias": [1, 1]}}, "does not fit"),
+        ({"shapes": {"bert.embeddings.position_ids": [1, 4]}}, "has no 'bert.embeddings.position_ids'"),  # in no file
+        *(
+            ({"attributes": {path: 1}}, f"attributes: .* has no {re.escape(repr(path))}")
+            for path in (
+                "__class__",
+                "_version",
+                "training",
+                "forward",
+                "num_parameters",
+                "../bert",
+                "config.__class__",
+                "config.auto_map",
+                "config.num_labels",  # a property that writes a table as long as its value
+                "bert.encoder.layer.0.__dict__",
+                "bert.encoder.layer.0.attention.self.num_attention_heads.real",
+            )
+        ),
+        ({"attributes": {f"{SELF}.num_attention_heads": 10**12}}, "is more than any tensor of the model has elements"),
+        (
+            {"layers": {QUERY: _layer(), QUERY.removeprefix("bert."): _layer()}},
+            f"is {QUERY}, which has an entry already",
+        ),
+        ({"layers": {QUERY: _layer()}, "shapes": {f"{QUERY}.weight": [4, 8]}}, f"layers: {QUERY} is .* twice"),
+        ({"layers": {QUERY: _layer(shape=[10**9, 10**9])}}, r"shape \[1000000000, 1000000000\] .* does not fit into"),
         ({"attributes": {"bert.encoder.heads": 1}}, "attributes: .* has no 'bert.encoder.heads'"),
         ({"attributes": {"bert.config.hidden_act": 1}}, "attributes: .* has no 'bert.config.hidden_act'"),
         ({"layers": {"bert.encoder.layer.1": _layer()}}, "layers: .* has no 'bert.encoder.layer.1': the checkpoint"),

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from hf_geta.graph.build import build_qadg
     from hf_geta.graph.qadg import QADG
     from hf_geta.graph.verify import Verification, verify_qadg
+    from hf_geta.hf_quantizer import GETAQuantizationConfig
     from hf_geta.optim.qasso import QASSO
     from hf_geta.trainer import GETATrainer
 
 _LAZY = {
+    "GETAQuantizationConfig": "hf_geta.hf_quantizer",
     "GETATrainer": "hf_geta.trainer",
     "QADG": "hf_geta.graph.qadg",
     "QASSO": "hf_geta.optim.qasso",
@@ -39,6 +41,7 @@ __all__ = [
     "QADG",
     "QASSO",
     "GETAConfig",
+    "GETAQuantizationConfig",
     "GETATrainer",
     "Verification",
     "build_qadg",

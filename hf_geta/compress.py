@@ -82,7 +82,10 @@ def prepare_model(
     if is_prepared(model):
         raise ValueError("this model is prepared already: train it, or start from a fresh one.")
     if any(isinstance(module, PackedLayer) for module in model.modules()):
-        raise ValueError("this model is compressed already, its weights are integers: start from the float model.")
+        raise ValueError(
+            "this model is compressed already, its weights are integers: start from the float model, or from "
+            "model.dequantize()."
+        )
     batches = list(calibration_batches or [inputs])
     for name, value in itertools.chain.from_iterable(batch.items() for batch in (inputs, *batches)):
         if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():

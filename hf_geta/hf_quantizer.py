@@ -6,6 +6,7 @@ transformers loads the tensors by name as for any model.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,34 +14,44 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_geta.checkpoint.dequantize import dequantize_
 from hf_geta.checkpoint.layers import PackedLayer, replace_with_packed_
-from hf_geta.checkpoint.manifest import QUANT_METHOD, Manifest, fit_manifest, in_file_names
-from hf_geta.checkpoint.names import packed_tensors, without_conversions_of
+from hf_geta.checkpoint.manifest import QUANT_METHOD, Manifest, fit_manifest, in_file_names, write_manifest_
+from hf_geta.checkpoint.names import packed_tensors, save_as_they_are_, without_conversions_of
 from hf_geta.checkpoint.prune import resize_, set_attributes_
+
+logger = logging.getLogger(__name__)
 
 
 class GETAQuantizationConfig(QuantizationConfigMixin):
     """The manifest of a compressed checkpoint, as transformers carries it in `config.quantization_config`.
 
+    Users make one only to say how to load: `from_pretrained(path, quantization_config=GETAQuantizationConfig(
+    dequantize=True))` gives an ordinary float model of the pruned shapes, which trains, casts and saves as such. Its
+    weights are those that the codes stand for; inputs are not rounded any more.
+
     Raises:
         ValueError: for a manifest that this version cannot read (`Manifest.from_dict`).
     """
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, dequantize: bool = False, **values: Any) -> None:
+        if not isinstance(dequantize, bool):
+            raise ValueError(f"dequantize={dequantize!r}: write True or False.")
         self.quant_method: Any = QUANT_METHOD
+        self.dequantize = dequantize
         self.manifest = Manifest.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds under `quantization_config`."""
         return self.manifest.to_dict()
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What `from_pretrained` takes over from a user's config; all else is the checkpoint's."""
+        return {"dequantize": self.dequantize}
 
     def __iter__(self) -> Iterator[Any]:
         yield from self.to_dict().items()
@@ -60,6 +71,9 @@ class GETAHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         manifest = fit_manifest(self.quantization_config.manifest, model)
         weights = {f"{name}.weight": layer.shape for name, layer in manifest.layers.items()}
+        dense = model.state_dict()
+        pruned = {name: shape for name, shape in weights.items() if dense[name].shape != shape}
+        self._float_manifest = Manifest({**manifest.shapes, **pruned}, manifest.attributes)
         resize_(model, {**manifest.shapes, **weights})
         set_attributes_(model, manifest.attributes)
         dtypes = _float_dtypes(model)
@@ -86,10 +100,24 @@ class GETAHfQuantizer(HfQuantizer):
         for name, tensor in model.state_dict(keep_vars=True).items():
             if tensor.is_floating_point() and tensor.dtype != self._dtypes.get(name, tensor.dtype):
                 tensor.data = tensor.data.to(self._dtypes[name])
-        # Saved again, it speaks of this class of model, with or without the head.
-        self.quantization_config.manifest = in_file_names(self._manifest, model)
-        if not self._manifest.layers:
-            _unmark_as_quantized(model)
+        if self.quantization_config.dequantize or not self._manifest.layers:
+            self.dequantize(model)
+        else:  # saved again, it speaks of this class of model, with or without the head
+            self.quantization_config.manifest = in_file_names(self._manifest, model)
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """What `model.dequantize()` does: an ordinary float model, at most pruned; in `dtype` if one is given."""
+        dequantize_(model)
+        model.is_quantized = False  # type: ignore[assignment]
+        for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
+            vars(model).pop(name, None)
+        for part in _parts(model):
+            vars(part.config).pop("_is_quantized", None)
+            vars(part.config).pop("quantization_config", None)
+        if self._float_manifest != Manifest():
+            save_as_they_are_(model, self._float_manifest.shapes)
+            write_manifest_(model, self._float_manifest)
+        return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
 
     def is_serializable(self) -> bool:
         """True: a loaded model saves to the bytes that it was loaded from."""
@@ -97,8 +125,13 @@ class GETAHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Only without packed layers: their weights are integers, which no gradient reaches."""
-        return not self.quantization_config.manifest.layers
+        """False, and how to train all the same: no gradient reaches integers. (Without any, there is no quantizer.)"""
+        logger.warning(
+            "The weights of a packed model are integers, which do not train. For a float model of the same pruned "
+            "shapes load it with quantization_config=hf_geta.GETAQuantizationConfig(dequantize=True), or call "
+            "model.dequantize()."
+        )
+        return False
 
 
 def _float_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
@@ -148,19 +181,14 @@ def _check_loaded(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None
         return  # spread over devices, where tensors are replaced and lose the mark
     for layer_name, layer in _packed_layers(model):
         for name, buffer in layer._buffers.items():
-            if not getattr(buffer, "_is_hf_initialized", False):
+            if buffer is None or not getattr(buffer, "_is_hf_initialized", False):
                 raise ValueError(f"{layer_name}.{name} is not in the checkpoint's file: get the file again.")
+            if name == "step_size" and not (buffer.isfinite() & (buffer > 0)).all():
+                raise ValueError(f"{layer_name}.{name} is not finite and positive: the file is damaged, get it again.")
 
 
-def _unmark_as_quantized(model: PreTrainedModel) -> None:
-    """A model that is only pruned is an ordinary model: it trains, casts and saves as such."""
-    model.is_quantized = False  # type: ignore[assignment]
-    del model.hf_quantizer, model.quantization_method
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
-            del module.config._is_quantized
-
-
-if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # importing it again, say in a reload, changes nothing
-    register_quantization_config(QUANT_METHOD)(GETAQuantizationConfig)
-    register_quantizer(QUANT_METHOD)(GETAHfQuantizer)
+if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # importing it again, say in a reload, changes nothing
+    auto.register_quantization_config(QUANT_METHOD)(GETAQuantizationConfig)
+    auto.register_quantizer(QUANT_METHOD)(GETAHfQuantizer)
+    # There is no way to register that a user's config says how to load: `from_pretrained` would ignore `dequantize`.
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (GETAQuantizationConfig,)  # type: ignore[assignment]

@@ -70,11 +70,12 @@ def packed_tensors(layers: Iterable[str]) -> list[str]:
 
 
 def save_as_they_are_(model: nn.Module, tensors: Iterable[str]) -> None:
-    """Let `save_pretrained` write these tensors of the model, packed or pruned, without conversions."""
-    conversions = saving_conversions(model)
-    kept = without_conversions_of(conversions, tensors)
-    if len(kept) < len(conversions):
-        model._weight_conversions = kept  # type: ignore[assignment]
+    """Let `save_pretrained` write these tensors of the model, packed or pruned, without conversions.
+
+    The list of conversions is set even where it is that of the family: with one, transformers sorts the tensors, and
+    shards of the first save are those of any later one.
+    """
+    model._weight_conversions = without_conversions_of(saving_conversions(model), tensors)  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

@@ -60,8 +60,12 @@ def is_compressed(source: str | Path) -> bool:
     return (_quantization(read_config(source)) or {}).get("quant_method") == QUANT_METHOD
 
 
-def load_model(source: str | Path, class_name: str | None = None) -> PreTrainedModel:
+def load_model(source: str | Path, class_name: str | None = None, dtype: str = "auto") -> PreTrainedModel:
     """The model of a Hub id or of a folder, with its weights.
+
+    Args:
+        class_name: as for `build_skeleton`.
+        dtype: of the floats, such as "float32"; "auto" is that of the file.
 
     Raises:
         ValueError: as `build_skeleton`, and where there are no weights for it or only those of another architecture,
@@ -75,7 +79,7 @@ def load_model(source: str | Path, class_name: str | None = None) -> PreTrainedM
             f"{config.model_type} model."
         )
     try:
-        return owner.from_pretrained(source)
+        return owner.from_pretrained(source, dtype=dtype)
     except BUILD_ERRORS as error:
         raise ValueError(f"{source}: the model cannot be loaded: {first_line(error)}") from error
 

@@ -5,6 +5,7 @@
     hf-geta report DIR [--html FILE]                               what a compressed model has left, layer by layer
     hf-geta verify DIR                                             is a compressed folder what it says?
     hf-geta plan CONFIG [--processes N] [--json]                   what a run will do, need and leave
+    hf-geta export DIR OUT --format FORMAT                         a compressed model for other programs
 
 MODEL is a Hub id or a folder with a config.json, CONFIG the YAML file of a run.
 """
@@ -19,10 +20,10 @@ from collections.abc import Sequence
 import huggingface_hub
 import transformers
 
-from hf_geta.cli import graph, plan, report, verify
+from hf_geta.cli import export, graph, plan, report, verify
 from hf_geta.report.folder import clean
 
-COMMANDS = (graph, verify, plan, report)
+COMMANDS = (graph, verify, plan, report, export)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,64 @@
+"""The formats by name, and what they share: the checkpoint is loaded, written beside its target, then moved there.
+
+A new format is a module here with one function, `write(model, folder)`, and one line in `FORMATS`. Packages that only
+one format needs are imported inside its function, with an error that names the extra to install.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from hf_geta.checkpoint.directory import replace_files
+from hf_geta.checkpoint.models import load_model
+from hf_geta.export.dense import write_dense
+
+# Fills an empty folder with a loaded compressed model, in eval mode on the CPU.
+Writer = Callable[[PreTrainedModel, Path], None]
+
+FORMATS: dict[str, Writer] = {"dense": write_dense}
+
+# What a processor saves beside a model: text and images go in the same way, whatever the model's format.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "*processor_config.json",
+)
+
+
+def export_checkpoint(source: str | Path, target: str | Path, form: str, dtype: str = "auto") -> None:
+    """Write the compressed checkpoint in `source` to the folder `target`, in another format.
+
+    Args:
+        source: a folder that a compressed model was saved to.
+        target: a folder, made if need be; it changes only when all is written.
+        form: a name in `FORMATS`.
+        dtype: of all that is float, such as "bfloat16"; "auto" is that of the checkpoint.
+
+    Raises:
+        ValueError: no checkpoint there, no such format, `target` is `source`, or what the format cannot say.
+    """
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    if form not in FORMATS:
+        raise ValueError(f"format {form!r}: choose one of {', '.join(FORMATS)}.")
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source}: no config.json is there; give a folder that a compressed model was saved to.")
+    if target.resolve() == source.resolve():
+        raise ValueError(f"{target}: this would overwrite the checkpoint itself; give another folder.")
+    model = load_model(source, dtype=dtype).eval()
+    replace_files(target, lambda folder: _write(FORMATS[form], model, source, folder))
+
+
+def _write(write: Writer, model: PreTrainedModel, source: Path, folder: Path) -> None:
+    write(model, folder)
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            shutil.copy(file, folder)

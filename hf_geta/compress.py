@@ -33,6 +33,7 @@ from hf_geta.graph.layerwise import layerwise
 from hf_geta.graph.qadg import QADG, Axis
 from hf_geta.graph.search_space import quantizer_tensors
 from hf_geta.graph.tracing import float_tensors
+from hf_geta.graph.uniform import Family, make_uniform
 from hf_geta.optim.budget import Budget
 from hf_geta.optim.cost_terms import bops_budget, size_budget
 from hf_geta.optim.qasso import QASSO
@@ -57,6 +58,7 @@ class Preparation:
 
     config: GETAConfig
     qadg: QADG
+    families: tuple[Family, ...] | None = None  # with `config.uniform`
 
 
 def prepare_model(
@@ -112,11 +114,14 @@ def find_groups(model: PreTrainedModel, config: GETAConfig, inputs: Inputs, veri
         ValueError: if there are none, and the run is to prune.
     """
     qadg = build_qadg(model, inputs, verify=verify, optional=config.optional_axes)
+    families = None
+    if config.uniform:
+        qadg, families = make_uniform(qadg, model)
     if "qadg" in config.without:
         qadg = layerwise(qadg, model)
     if config.prunes and not qadg.axes:
         raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
-    return Preparation(config, qadg)
+    return Preparation(config, qadg, families)
 
 
 def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inputs]) -> None:
@@ -134,8 +139,8 @@ def is_prepared(model: nn.Module) -> bool:
 def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps: int) -> QASSO:
     """QASSO around `base` for a prepared model and a run of `total_steps` optimizer steps.
 
-    An axis with a frozen parameter (`requires_grad=False`) stays whole: its groups are not counted, and nothing
-    writes to it.
+    An axis with a frozen parameter (`requires_grad=False`) stays whole, with all axes that go with it: its groups are
+    not counted, and nothing writes to it.
 
     Raises:
         ValueError: if `model` is not prepared, nothing prunable trains, or the stages do not fit `total_steps`.
@@ -147,12 +152,18 @@ def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps:
         for axis in preparation.qadg.axes
         if all(parameters[member.tensor].requires_grad for member in axis.members if member.tensor in parameters)
     ]
+    families = preparation.families
+    if families is not None:
+        training = {axis.name for axis in axes}
+        families = tuple(family for family in families if training.issuperset(family.axes))
+        named = {name for family in families for name in family.axes}
+        axes = [axis for axis in axes if axis.name in named]
     if preparation.config.prunes and not axes:
         raise ValueError(
             "every prunable axis holds a frozen parameter (requires_grad=False): let some of them train, or write "
             "group_sparsity=0."
         )
-    space = PruningSpace(axes, parameters)
+    space = PruningSpace(axes, parameters, families)
     quantizers = NumberedQuantizers.of(quantized_layers(model))
     budget = _budget(model, axes, quantizers)
     return QASSO(base, preparation.config, total_steps, space, quantizers, budget)

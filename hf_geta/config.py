@@ -98,6 +98,13 @@ class GETAConfig:
         default=1,
         metadata={"help": "Kept sizes of axes longer than this are multiples of it (8, 16, 32: what hardware likes)."},
     )
+    uniform: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Every layer keeps as many heads, hidden units and channels as its likes: the sizes are then those "
+            "of an ordinary config, which hf-geta export writes. What no config states stays whole."
+        },
+    )
     optional_axes: list[str] = dataclasses.field(
         default_factory=list,
         metadata={

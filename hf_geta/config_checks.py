@@ -31,6 +31,8 @@ def check_config(config: Any) -> None:
         _check_choice("optional_axes", kind, OPTIONAL_AXES)
     for part in config.without:
         _check_choice("without", part, PARTS)
+    if config.uniform and "qadg" in config.without:
+        raise ValueError("uniform=True with without='qadg': groups that cannot be cut have no sizes; drop one of them.")
     _check_saliency_weights(config.saliency, config.saliency_weights)
     _check_budget(config)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hf_geta.checkpoint.manifest import QUANT_METHOD, Manifest, fit_manifest, write_manifest_
@@ -91,23 +91,31 @@ def classes_by_config(model: nn.Module) -> dict[str, type[nn.Module]]:
     """
     if not isinstance(model, PreTrainedModel):
         return {}
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     try:
-        with torch.device("meta"), no_init_weights(), torch.random.fork_rng(devices=[]):
-            built = type(model)(config)
+        built = build_by_class(type(model), without_quantization(model.config))
     except BUILD_ERRORS:
         return {}
     return {name: type(module) for name, module in built.named_modules(remove_duplicate=False)}
 
 
+def build_by_class(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a class that a config builds, on the meta device."""
+    with torch.device("meta"), no_init_weights(), torch.random.fork_rng(devices=[]):
+        return model_class(config)
+
+
+def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a config that speaks of the float model only."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
 def _build_dense(config: Any, class_name: str | None, source: str) -> tuple[PreTrainedModel, dict[str, Any] | None]:
     """(the model that the config alone builds, on the meta device; what the config says of its quantization)."""
     values = _quantization(config)
-    if values is not None:
-        config = copy.deepcopy(config)
-        del config.quantization_config  # else transformers prepares for its quantizer
+    config = without_quantization(config)  # else transformers prepares for its quantizer
     owner = _model_class(config, class_name)
     build = owner.from_config if hasattr(owner, "from_config") else owner._from_config
     try:

@@ -172,9 +172,16 @@ class QADG:
                 kept[indices] = False
                 keep.setdefault(name, {})[dim] = kept.nonzero().flatten()
         slice_(model, keep)
-        attributes = {path: value for path, value in self._attributes(removed).items() if _read(model, path) != value}
+        attributes = {
+            path: value for path, value in self.attributes_after(removed).items() if _read(model, path) != value
+        }
         set_attributes_(model, attributes)
         return attributes
+
+    def attributes_after(self, removed: Removed) -> dict[str, int]:
+        """The int attributes that depend on sizes, by path, once the groups in `removed` are gone."""
+        sizes = {axis.name: axis.size - len(set(removed.get(axis.name, ()))) for axis in self.axes}
+        return {attribute.path: value for attribute, value in solve(self.equations, sizes, self.attributes).items()}
 
     def without(self, reasons: Mapping[str, str]) -> QADG:
         """The search space with some of its axes frozen: axis name -> why."""
@@ -265,10 +272,6 @@ class QADG:
                 slices = owned.setdefault(member.tensor, {}).setdefault(member.dim, [])
                 slices.append(member.indices[indices].flatten())
         return {name: {dim: torch.cat(parts) for dim, parts in dims.items()} for name, dims in owned.items()}
-
-    def _attributes(self, removed: Removed) -> dict[str, int]:
-        sizes = {axis.name: axis.size - len(set(removed.get(axis.name, ()))) for axis in self.axes}
-        return {attribute.path: value for attribute, value in solve(self.equations, sizes, self.attributes).items()}
 
 
 def _describe_(small: nn.Module, before: Mapping[str, Sequence[int]], attributes: dict[str, int]) -> None:

@@ -59,16 +59,18 @@ class Choices:
     """The moves that are open.
 
     Attributes:
-        blocks: per axis the groups that may still go, block by block, in the order in which they would.
+        blocks: per family the groups that may still go, block by block, in the order in which they would.
         removed: per axis the groups that are gone already.
         widths: per quantizer the allowed widths, ascending; it starts at the last.
         most_removed: groups of all axes that may be gone in the end.
+        families: axes of which a block takes equally many groups; None: each axis by itself.
     """
 
     blocks: Sequence[Sequence[Sequence[int]]]
     removed: Sequence[int]
     widths: Sequence[Sequence[int]]
     most_removed: int
+    families: Sequence[Sequence[int]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +127,8 @@ def allocate(
     return Allocation(tuple(state.groups), tuple(state.bits), state.exact_cost(), price)
 
 
-# What shrinks by one step: an axis or a quantizer, and its number.
-Move = tuple[Literal["axis", "width"], int]
+# What shrinks by one step: a family of axes or a quantizer, and its number.
+Move = tuple[Literal["family", "width"], int]
 
 
 class _State:
@@ -144,20 +146,22 @@ class _State:
         self.removed, self.bits = list(choices.removed), [widths[-1] for widths in choices.widths]
         self.groups: list[int] = []
         self.room = choices.most_removed - sum(choices.removed)
-        self.taken = [0] * len(choices.blocks)  # blocks, per axis
-        self.block_rises = [[sum(group_rises[group] for group in block) for block in axis] for axis in choices.blocks]
+        self.families = choices.families or [(axis,) for axis in range(len(choices.removed))]
+        self.taken = [0] * len(choices.blocks)  # blocks, per family
+        self.block_rises = [[sum(group_rises[group] for group in block) for block in one] for one in choices.blocks]
         self.terms_of: dict[Move, list[int]] = {move: [] for move in self.all_moves()}
+        family_of = {axis: number for number, axes in enumerate(self.families) for axis in axes}
         for number, term in enumerate(budget.terms):
-            for axis in {axis for dim in term.dims for axis, _ in dim}:
-                self.terms_of["axis", axis].append(number)
+            for family in {family_of[axis] for dim in term.dims for axis, _ in dim}:
+                self.terms_of["family", family].append(number)
             for row in set(term.quantizers):
                 self.terms_of["width", row].append(number)
         self.costs = [_term_cost(term, self.removed, self.bits) for term in budget.terms]
         self.cost = self.exact_cost()
 
     def all_moves(self) -> list[Move]:
-        axes, widths = range(len(self.choices.blocks)), range(len(self.choices.widths))
-        return [*(("axis", axis) for axis in axes), *(("width", row) for row in widths)]
+        families, widths = range(len(self.families)), range(len(self.choices.widths))
+        return [*(("family", family) for family in families), *(("width", row) for row in widths)]
 
     def exact_cost(self) -> float:
         return self.budget.constant + math.fsum(self.costs)
@@ -177,9 +181,9 @@ class _State:
         block = self._next_block(number)
         if not block or len(block) > self.room:
             return math.inf
-        self.removed[number] += len(block)
+        self._remove(number, len(block))
         saving = self._saving(move)
-        self.removed[number] -= len(block)
+        self._remove(number, -len(block))
         return self.block_rises[number][self.taken[number]] / saving if saving > 0 else math.inf
 
     def take(self, move: Move) -> None:
@@ -191,7 +195,7 @@ class _State:
         else:
             block = self._next_block(number)
             self.groups += block
-            self.removed[number] += len(block)
+            self._remove(number, len(block))
             self.room -= len(block)
             self.taken[number] += 1
         self._update(move)
@@ -213,9 +217,13 @@ class _State:
                 self.bits[row] = wider
                 self._update(("width", row))
 
-    def _next_block(self, axis: int) -> Sequence[int]:
-        blocks = self.choices.blocks[axis]
-        return blocks[self.taken[axis]] if self.taken[axis] < len(blocks) else ()
+    def _next_block(self, family: int) -> Sequence[int]:
+        blocks = self.choices.blocks[family]
+        return blocks[self.taken[family]] if self.taken[family] < len(blocks) else ()
+
+    def _remove(self, family: int, groups: int) -> None:
+        for axis in self.families[family]:
+            self.removed[axis] += groups // len(self.families[family])
 
     def _neighbour(self, row: int, step: int) -> int | None:
         """The next allowed width below (-1) or above (1), None at the end."""

@@ -11,7 +11,6 @@ effect's mean square (the empirical Fisher information along delta, up to the ba
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from hf_geta.config import GETAConfig
 from hf_geta.optim import saliency
 from hf_geta.optim.budget import Allocation, Budget, Choices, allocate
-from hf_geta.optim.choice import removable_groups
+from hf_geta.optim.lockstep import open_blocks
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable, log_levels
 
@@ -72,6 +71,7 @@ class Pricing:
         self.config, self.space, self.widths, self.allowed_bits = config, space, widths, allowed_bits
         self.budget = budget
         share = 1.0 if config.group_sparsity is None else config.group_sparsity
+        self.families = space.lockstep(config.min_groups, config.group_divisible)
         self.most_removed = round(share * space.num_groups)
         self.signed = [quantizer.signed for quantizer in widths.quantizers]
         self.scores = torch.zeros(space.num_groups, device=widths.signed.device)
@@ -149,7 +149,8 @@ class Pricing:
         self, budget: Budget, rises: Sequence[float], noise: Sequence[float], removed: Tensor, most_removed: int
     ) -> Allocation:
         choices = Choices(
-            blocks=self._open_blocks(torch.tensor(rises, dtype=torch.float64), removed),
+            blocks=open_blocks(torch.tensor(rises, dtype=torch.float64), removed, self.space.axis_sizes, self.families),
+            families=[family.axes for family in self.families],
             removed=[int(gone.sum()) for gone in removed.split(self.space.axis_sizes)],
             widths=self.allowed_bits,
             most_removed=most_removed,
@@ -162,24 +163,11 @@ class Pricing:
         gone = removed.clone()
         gone[list(groups)] = True
         counts = [int(flags.sum()) for flags in gone.split(self.space.axis_sizes)]
-        structure = dataclasses.replace(choices, removed=counts, blocks=[()] * len(counts))
+        structure = dataclasses.replace(choices, removed=counts, blocks=[()] * len(self.families))
         found = dataclasses.replace(allocate(budget, structure, rises, noise, self.signed), groups=groups)
         if found.cost <= budget.target:
             return found
         return allocate(budget, choices, rises, noise, self.signed)  # its half was not enough: a common price after all
-
-    def _open_blocks(self, scores: Tensor, removed: Tensor) -> list[list[list[int]]]:
-        """Per axis, the groups that may still go, the least salient first, in the blocks in which they may."""
-        axes, offset = [], 0
-        for size in self.space.axis_sizes:
-            alive = (~removed[offset : offset + size]).nonzero().squeeze(1) + offset
-            order = alive[torch.argsort(scores[alive], stable=True)].tolist()
-            ends = itertools.accumulate(removable_groups(size, self.config.min_groups, self.config.group_divisible))
-            left = [end - size + len(order) for end in ends]  # of the blocks, less what is gone
-            starts = [0, *(end for end in left if end > 0)]
-            axes.append([order[start:end] for start, end in itertools.pairwise(starts)])
-            offset += size
-        return axes
 
     def _cost_before(self) -> float:
         return self.budget.cost([0] * len(self.space.axis_sizes), [bits[-1] for bits in self.allowed_bits])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hf_geta.config import GETAConfig
 from hf_geta.config_checks import MIXED_SALIENCIES
 from hf_geta.optim import saliency
 from hf_geta.optim.choice import choose_least_salient, nearest_reachable
+from hf_geta.optim.lockstep import choose_in_lockstep, nearest_in_lockstep
 from hf_geta.optim.schedule import Schedule
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable, nearest_allowed
@@ -61,15 +63,13 @@ class Share:
 
     def decide(self, period: int, removed: Tensor) -> Tensor:
         """Flags of the groups to remove in `period`, (num_groups,) bool on the CPU; `removed` are gone already."""
-        chosen = choose_least_salient(
-            self._ranking(),
-            removed,
-            self.schedule.redundant_count(period, self.groups_to_remove),
-            self.space.axis_sizes,
-            self.config.min_groups,
-            self.config.group_divisible,
-            self.groups_to_remove,
-        )
+        count, total = self.schedule.redundant_count(period, self.groups_to_remove), self.groups_to_remove
+        limits, sizes = (self.config.min_groups, self.config.group_divisible), self.space.axis_sizes
+        if self.space.families is None:
+            chosen = choose_least_salient(self._ranking(), removed, count, sizes, *limits, total)
+        else:
+            families = self.space.lockstep(*limits)
+            chosen = choose_in_lockstep(self._ranking(), removed, count, sizes, families, total)
         self.scores.zero_()
         return chosen
 
@@ -102,22 +102,27 @@ class Share:
 def _groups_to_remove(config: GETAConfig, space: PruningSpace) -> int:
     """K: round(group_sparsity x groups), or the nearest number that whole blocks reach: half a block away at most."""
     asked = round((config.group_sparsity or 0.0) * space.num_groups)
-    limits = space.axis_sizes, config.min_groups, config.group_divisible
-    most = nearest_reachable(space.num_groups, *limits)
+    limits = config.min_groups, config.group_divisible
+    if space.families is None:
+        nearest = partial(nearest_reachable, sizes=space.axis_sizes, min_groups=limits[0], divisible=limits[1])
+    else:
+        nearest = partial(nearest_in_lockstep, families=space.lockstep(*limits))
+    most = nearest(space.num_groups)
     if asked > most:
         raise ValueError(
             f"group_sparsity={config.group_sparsity} asks for {asked} of {space.num_groups} groups, but "
             f"min_groups={config.min_groups} and group_divisible={config.group_divisible} let at most {most} go: "
             f"lower group_sparsity to {most / max(space.num_groups, 1):.3f} or relax them."
         )
-    count = nearest_reachable(asked, *limits)
+    count = nearest(asked)
     if count != asked:
         logger.warning(
-            "group_sparsity=%s asks for %d of %d groups; in whole blocks (group_divisible=%d) %d go.",
+            "group_sparsity=%s asks for %d of %d groups; in whole blocks (group_divisible=%d%s) %d go.",
             config.group_sparsity,
             asked,
             space.num_groups,
             config.group_divisible,
+            ", uniform" if config.uniform else "",
             count,
         )
     return count

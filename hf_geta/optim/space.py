@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_geta.graph.qadg import Axis
+from hf_geta.graph.uniform import Family
+from hf_geta.optim.lockstep import Lockstep
 
 
 @dataclasses.dataclass
@@ -51,9 +53,14 @@ class PruningSpace:
         axes: the prunable axes of a QADG.
         parameters: name -> parameter; members of other tensors (running statistics, quantizers) are left out, for
             they play no part in what a group computes once its weights are zero.
+        families: of the axes that shrink in lockstep; by default each axis shrinks by itself.
     """
 
-    def __init__(self, axes: Sequence[Axis], parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, axes: Sequence[Axis], parameters: Mapping[str, nn.Parameter], families: Sequence[Family] | None = None
+    ) -> None:
+        self.families = families
+        self.axis_names = [axis.name for axis in axes]
         self.axis_kinds = [axis.kind for axis in axes]
         self.axis_sizes = [axis.size for axis in axes]
         self.num_groups = sum(self.axis_sizes)
@@ -71,6 +78,16 @@ class PruningSpace:
                 grouped.group_ids[member.indices.reshape(-1)] = groups
             offset += axis.size
         self.dims.sort(key=lambda grouped: grouped.parameter)
+
+    def lockstep(self, min_groups: int, divisible: int) -> list[Lockstep]:
+        """The families in numbers of axes, with the blocks in which they may shrink."""
+        if self.families is None:
+            return [Lockstep.of([axis], size, min_groups, divisible) for axis, size in enumerate(self.axis_sizes)]
+        numbers = {name: number for number, name in enumerate(self.axis_names)}
+        return [
+            Lockstep.of([numbers[name] for name in family.axes], family.sizes[-1], min_groups, divisible, family.sizes)
+            for family in self.families
+        ]
 
     def _grouped_dim(
         self, known: dict[tuple[int, int], GroupedDim], name: str, parameter: nn.Parameter, dim: int

@@ -6,14 +6,13 @@ for. Rounding of activations is left behind.
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import logging
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
-from hf_geta.checkpoint.layers import PackedLayer
+from hf_geta.export.plain import check_outputs, packed_weights, plain_model
 
 logger = logging.getLogger(__name__)
 
@@ -24,35 +23,19 @@ def write_dense(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         ValueError: where no config builds a model of these shapes.
     """
-    plain = plain_model(model)
-    if layers := [name for name, layer in packed_layers(model).items() if layer.manifest.activation_bits is not None]:
+    plain_model(model).save_pretrained(folder)
+    leave_inputs_in_float_(model)
+    check_outputs(model, folder)
+
+
+def leave_inputs_in_float_(model: PreTrainedModel) -> None:
+    """Let the layers of `model` round no input any more, and say so."""
+    rounding = [layer for layer in packed_weights(model).values() if layer.manifest.activation_bits is not None]
+    for layer in rounding:
+        layer.manifest = dataclasses.replace(layer.manifest, activation_bits=None)
+    if rounding:
         logger.warning(
-            "%d layers round their input, which a float model cannot say: its outputs are those of the compressed "
-            "model with inputs left in float.",
-            len(layers),
+            "%d layers of the compressed model round their input, and this format does not: its outputs are those of "
+            "the compressed model with inputs in float.",
+            len(rounding),
         )
-    plain.save_pretrained(folder)
-
-
-@torch.no_grad()
-def plain_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A float model of the same class and function, but for rounded activations."""
-    config = copy.deepcopy(model.config)
-    del config.quantization_config
-    with torch.device("meta"):
-        plain = type(model)(config)
-    packed = packed_layers(model)
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in packed}
-    for name, layer in packed.items():
-        tensors[f"{name}.weight"] = layer.weight
-        if layer.bias is not None:
-            tensors[f"{name}.bias"] = layer.bias
-    plain.load_state_dict(tensors, strict=False, assign=True)
-    plain.tie_weights()
-    return plain
-
-
-def packed_layers(model: PreTrainedModel) -> dict[str, PackedLayer]:
-    """The packed layers by every name that they have."""
-    named = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in named if isinstance(module, PackedLayer)}

@@ -40,7 +40,7 @@ from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.quantizers import NumberedQuantizers
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable, nearest_allowed
-from hf_geta.quantization.calibration import calibrate_
+from hf_geta.quantization.calibration import calibrate_, share_input_quantizers_
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers, restore_modules_
 from hf_geta.quantization.quantizers import Quantizer
 from hf_geta.report.cost import Cost, measure_cost
@@ -126,6 +126,8 @@ def find_groups(model: PreTrainedModel, config: GETAConfig, inputs: Inputs, veri
 
 def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inputs]) -> None:
     try:
+        if config.share_inputs:
+            share_input_quantizers_(model, batches[0])
         calibrate_(model, batches, config.initial_bits)
     except (LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(model).__name__} does not take a calibration batch: {error!r}.") from error

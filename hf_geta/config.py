@@ -66,6 +66,13 @@ class GETAConfig:
         default="tensor",
         metadata={"help": "One clip per weight 'tensor' or per output 'channel'; the width is one per tensor."},
     )
+    share_inputs: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Layers that read the same tensor (q, k and v; gate and up) round it once, with one width and one "
+            "scale: needed by programs that run them as one product."
+        },
+    )
     initial_bits: int = dataclasses.field(
         default=16, metadata={"help": "Width of every quantizer at the start, in bits."}
     )

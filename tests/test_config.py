@@ -31,6 +31,7 @@ NAN = float("nan")
         ({"saliency": "mix", "saliency_weights": (1, 1)}, "write three numbers"),
         ({"distillation_weight": 2}, "distillation_weight=2"),
         ({"without": "speed"}, "choose one of 'qadg', 'projection', 'joint_rule'"),
+        ({"share_inputs": True}, "without activation_bits: no input is rounded"),
         ({"without": "qadg", "uniform": True}, "groups that cannot be cut have no sizes"),
         ({"group_sparsity": "0.5"}, "group_sparsity='0.5': write a number"),
         ({"initial_bits": "16"}, "initial_bits='16': write a number"),

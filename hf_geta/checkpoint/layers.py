@@ -83,12 +83,12 @@ class PackedLayer(nn.Module):
         if codes.is_meta:  # loading by name compares shapes with the file: nothing to decode yet
             return codes
         if torch.compiler.is_compiling():
-            return self._decode(codes, step_sizes)
+            return self._decode()
         sources = (codes,) if step_sizes is None else (codes, step_sizes)
         if self._decoded is not None and self._decoded.is_current(sources, self.weight_dtype):
             return self._decoded.weight
         with torch.inference_mode(False):
-            weight = self._decode(codes, step_sizes)
+            weight = self._decode()
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # no initialization writes into it
         self._decoded = _Decoded.of(sources, weight)
         return weight
@@ -112,15 +112,23 @@ class PackedLayer(nn.Module):
             )
         super().__setattr__(name, value)
 
-    @torch.no_grad()
-    def _decode(self, codes: Tensor, step_sizes: Tensor | None) -> Tensor:
+    def integers(self) -> Tensor:
+        """The codes as int32, in the dense shape."""
         shape = self.manifest.shape
-        integers = unpack_codes(codes, self.manifest.bits, math.prod(shape)).view(shape)
+        return unpack_codes(self.codes(), self.manifest.bits, math.prod(shape)).view(shape)
+
+    def step_sizes(self) -> Tensor:
+        """d, float32: () of the whole weight, or one per output channel, shaped to multiply `integers`."""
+        if self.shared_with:
+            return self.shared_with[0].step_sizes()
+        step_sizes = self._buffers.get("step_size")
         if step_sizes is None:
-            step_size = _scalar(self.manifest.step_size, codes.device)
-        else:
-            step_size = step_sizes.view([-1 if dim == self.channel_dim else 1 for dim in range(len(shape))])
-        return (step_size * integers).to(self.weight_dtype)
+            return _scalar(self.manifest.step_size, self.codes().device)
+        return step_sizes.view([-1 if dim == self.channel_dim else 1 for dim in range(len(self.manifest.shape))])
+
+    @torch.no_grad()
+    def _decode(self) -> Tensor:
+        return (self.step_sizes() * self.integers()).to(self.weight_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """The dense layer's output, from the decoded weight and, where activations are quantized, a rounded input."""

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 from hf_geta.checkpoint.directory import replace_files
 from hf_geta.checkpoint.models import load_model
+from hf_geta.export.compressed_tensors import write_compressed_tensors
 from hf_geta.export.dense import write_dense
 
 # Fills an empty folder with a loaded compressed model, in eval mode on the CPU.
 Writer = Callable[[PreTrainedModel, Path], None]
 
-FORMATS: dict[str, Writer] = {"dense": write_dense}
+FORMATS: dict[str, Writer] = {"dense": write_dense, "compressed-tensors": write_compressed_tensors}
 
 # What a processor saves beside a model: text and images go in the same way, whatever the model's format.
 COMPANIONS = (

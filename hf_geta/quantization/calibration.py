@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_geta.quantization.histogram import MagnitudeHistogram
 from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
+from hf_geta.quantization.readers import readers_of_one_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,22 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> li
             layer.input_quantizer = None
             logger.warning("%s: no calibration batch reached this layer; its input stays in float", name)
     return [name for name in layers if name in statistics]
+
+
+def share_input_quantizers_(model: nn.Module, batch: Any) -> None:
+    """Gives layers that read the very same tensor one input quantizer; before `calibrate_`.
+
+    Args:
+        batch: inputs of the model, on which it runs once, in float.
+    """
+    layers = {name: layer for name, layer in quantized_layers(model).items() if layer.input_quantizer is not None}
+    with _float_run(model, layers):
+        readers = readers_of_one_tensor(layers, lambda: _forward(model, batch))
+    for first, *others in readers:
+        for name in others:
+            del layers[name].input_quantizer
+            # no submodule of these: in a file of weights a tensor has one name
+            vars(layers[name])["input_quantizer"] = layers[first].input_quantizer
 
 
 def _observer(name: str, statistics: dict[str, MagnitudeHistogram]) -> Any:

@@ -11,7 +11,7 @@ TEXT |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_
 GROUPED = TEXT | {"num_key_value_heads": 2}
 VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 VISION |= {"image_size": 16, "patch_size": 8, "num_labels": 5}
-GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "n_inner": 24}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 GPT2 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DISTILBERT = {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 24}
 OPT = TEXT | {"ffn_dim": 24, "word_embed_proj_dim": 32}
@@ -38,11 +38,11 @@ FAMILIES = {
 }
 
 
-def make_model(family):
+def make_model(family, **changes):
     """A model of the family with weights that are large enough for every part of it to matter."""
     torch.manual_seed(0)
     model_class, config_class, values = FAMILIES[family]
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**values)).eval()
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**values | changes)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model

@@ -1,6 +1,7 @@
 """`hf-geta export`: what every format shares, and what is refused before anything is written."""
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from hf_geta.graph.example_inputs import example_inputs
 from tests.export.families import halved, make_model, prepared
 
 
-def compressed(family, tmp_path, **values):
-    """A compressed checkpoint, half of what a config can state pruned, and its model."""
-    small = halved(prepared(make_model(family), **values))
-    small.save_pretrained(tmp_path / "compressed")
-    return tmp_path / "compressed", small
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """A compressed checkpoint, half of what a config can state pruned, that rounds inputs; and its model."""
+    folder = tmp_path_factory.mktemp("vit") / "compressed"
+    small = halved(prepared(make_model("vit"), activation_bits=(4, 8)))
+    small.save_pretrained(folder)
+    return folder, small
 
 
 def pruned_by_hand(family, removed, tmp_path):
@@ -49,11 +52,13 @@ def test_a_size_that_the_config_has_no_field_for_is_refused_by_name(tmp_path):
         export_checkpoint(folder, tmp_path / "out", "dense")
 
 
-def test_inputs_that_the_compressed_model_rounds_stay_in_float_and_that_is_said(tmp_path, caplog):
-    folder, small = compressed("vit", tmp_path, activation_bits=(4, 8))
+def test_inputs_that_the_compressed_model_rounds_stay_in_float_and_that_is_said(compressed, tmp_path, caplog):
+    folder, small = compressed
     with caplog.at_level(logging.WARNING):
         export_checkpoint(folder, tmp_path / "out", "dense")
-    assert any("round their input, and this format does not" in record.message for record in caplog.records)
+    assert any(
+        "round their input in a way that this format has no room for" in record.message for record in caplog.records
+    )
     plain = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out")
     inputs = example_inputs(plain)
     rounded, exact = small(**inputs).logits, plain(**inputs).logits
@@ -61,10 +66,9 @@ def test_inputs_that_the_compressed_model_rounds_stay_in_float_and_that_is_said(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_dtype_holds_for_all_floats(dtype, tmp_path):
-    folder, _ = compressed("gpt2", tmp_path)
-    export_checkpoint(folder, tmp_path / "out", "dense", dtype)
-    plain = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+def test_a_dtype_holds_for_all_floats(dtype, compressed, tmp_path):
+    export_checkpoint(compressed[0], tmp_path / "out", "dense", dtype)
+    plain = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out")
     assert {str(parameter.dtype) for parameter in plain.parameters()} == {f"torch.{dtype}"}
 
 
@@ -78,8 +82,11 @@ def test_a_model_that_is_only_quantized_needs_no_uniform_training(tmp_path):
     assert config.to_diff_dict() == model.config.to_diff_dict() | changed
 
 
-def test_what_belongs_to_the_processor_goes_along_and_what_speaks_of_the_compressed_model_does_not(tmp_path):
-    folder, _ = compressed("vit", tmp_path)
+def test_what_belongs_to_the_processor_goes_along_and_what_speaks_of_the_compressed_model_does_not(
+    compressed, tmp_path
+):
+    folder = tmp_path / "compressed"
+    shutil.copytree(compressed[0], folder)
     for name in ("preprocessor_config.json", "tokenizer.json", "README.md", "training_args.bin"):
         (folder / name).write_text("{}")
     export_checkpoint(folder, tmp_path / "out", "dense")
@@ -87,11 +94,11 @@ def test_what_belongs_to_the_processor_goes_along_and_what_speaks_of_the_compres
     assert written == {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"}
 
 
-def test_folders_that_make_no_sense_are_refused(tmp_path):
-    folder, _ = compressed("vit", tmp_path)
+def test_folders_that_make_no_sense_are_refused(compressed, tmp_path):
+    folder, _ = compressed
     with pytest.raises(ValueError, match="would overwrite the checkpoint itself"):
         export_checkpoint(folder, folder, "dense")
     with pytest.raises(ValueError, match=r"no config\.json is there"):
         export_checkpoint(tmp_path / "nowhere", tmp_path / "out", "dense")
-    with pytest.raises(ValueError, match="choose one of dense"):
+    with pytest.raises(ValueError, match="choose one of dense, compressed-tensors"):
         export_checkpoint(folder, tmp_path / "out", "paper")

@@ -33,7 +33,7 @@ def kept_per_family(model, optimizer):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"group_divisible": 5, "min_groups": 2}, BUDGET, BUDGET | {"group_divisible": 8, "group_sparsity": 0.6}],
+    [{"group_divisible": 5, "min_groups": 2}, BUDGET | {"group_divisible": 8, "group_sparsity": 0.6}],
     ids=str,
 )
 def test_layers_of_a_family_keep_equally_many_groups_at_every_step_and_what_is_left_can_be_exported(changes, tmp_path):
@@ -52,8 +52,8 @@ def test_layers_of_a_family_keep_equally_many_groups_at_every_step_and_what_is_l
     export_checkpoint(tmp_path / "compressed", tmp_path / "out", "dense")
 
 
-@pytest.mark.parametrize(("stop", "changes"), [(21, {}), (36, BUDGET)])
-def test_a_resumed_run_equals_the_uninterrupted_run(stop, changes):
+def test_a_resumed_run_equals_the_uninterrupted_run():
+    stop, changes = 26, {"share_inputs": True}
     model, optimizer = started(changes)
     list(train(model, optimizer, range(stop)))
     file = io.BytesIO()

@@ -108,8 +108,8 @@ class GETAConfig:
     uniform: bool = dataclasses.field(
         default=False,
         metadata={
-            "help": "Every layer keeps as many heads, hidden units and channels as its likes: the sizes are then those "
-            "of an ordinary config, which hf-geta export writes. What no config states stays whole."
+            "help": "All layers keep equally many heads, hidden units or channels, so that an ordinary config states "
+            "the sizes, which hf-geta export writes. What no field of the config states stays whole."
         },
     )
     optional_axes: list[str] = dataclasses.field(

@@ -61,16 +61,17 @@ def write_compressed_tensors(model: PreTrainedModel, folder: Path) -> None:
             "pip install 'hf-geta[export]'."
         )
     layers = _layers(model)
-    schemes = _schemes(layers, _readers(model, layers))
     plain = plain_model(model)
+    schemes = _schemes(layers, readers_of_one_tensor(layers, lambda: model(**example_inputs(model))))
     for name, scheme in schemes.items():
-        _store_(plain.get_submodule(name), layers[name], scheme, plain.dtype)
+        _store_(plain.get_submodule(name), layers[name], scheme)
     plain.config.quantization_config = _describe(plain, schemes)
     plain.save_pretrained(folder)
     rounded = [name for name, scheme in schemes.items() if scheme.input_signed is not None]
     leave_inputs_in_float_(model, packed_weights(model).keys() - {f"{name}.weight" for name in rounded})
     for name in rounded:
         round_inputs_to_bytes_(layers[name])
+    nn.Module.float(model)  # loaders cast scales to the model's dtype: exact in float32 only
     check_outputs(model, folder, rounds_inputs=bool(rounded))
 
 
@@ -94,10 +95,6 @@ def _layers(model: PreTrainedModel) -> dict[str, PackedLinear]:
     return found
 
 
-def _readers(model: PreTrainedModel, layers: Mapping[str, PackedLinear]) -> list[list[str]]:
-    return readers_of_one_tensor(layers, lambda: model(**example_inputs(model)))
-
-
 def _schemes(layers: Mapping[str, PackedLinear], readers: Sequence[Sequence[str]]) -> dict[str, Scheme]:
     """One scheme for all layers that read the same tensor."""
     schemes = {}
@@ -117,19 +114,19 @@ def _schemes(layers: Mapping[str, PackedLinear], readers: Sequence[Sequence[str]
     return {name: schemes[name] for name in layers}
 
 
-def _store_(linear: nn.Module, packed: PackedLayer, scheme: Scheme, dtype: torch.dtype) -> None:
-    """Replace the weight of a plain layer by the tensors of the format."""
+def _store_(linear: nn.Module, packed: PackedLayer, scheme: Scheme) -> None:
+    """Replace the weight of a plain layer by the tensors of the format; scales are float32, which loaders may cast."""
     rows, columns = packed.manifest.shape
     codes = packed.integers().view(rows, columns)
     step_sizes = packed.step_sizes().reshape(-1, 1).expand(rows, 1)
     del linear.weight
-    tensors: dict[str, Tensor] = {"weight_scale": step_sizes.to(dtype, copy=True)}
+    tensors: dict[str, Tensor] = {"weight_scale": step_sizes.clone()}
     if scheme.input_signed is None:
         tensors["weight_packed"] = pack_to_words(codes, scheme.bits)
         tensors["weight_shape"] = torch.tensor([rows, columns])
     else:
         tensors["weight"] = codes.to(torch.int8)
-        tensors["input_scale"] = torch.tensor([packed.manifest.activation_step_size], dtype=dtype)
+        tensors["input_scale"] = torch.tensor([packed.manifest.activation_step_size])
         if not scheme.input_signed:  # 0 to 255, shifted into a signed byte
             tensors["input_zero_point"] = torch.tensor([-128], dtype=torch.int8)
     for name, tensor in tensors.items():

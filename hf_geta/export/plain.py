@@ -103,7 +103,7 @@ def check_outputs(model: PreTrainedModel, folder: Path, rounds_inputs: bool = Fa
     except ValueError as error:
         logger.warning("the outputs were not compared: %s", first_line(error))
         return
-    difference = output_difference(model, type(model).from_pretrained(folder), inputs)
+    difference = output_difference(model, type(model).from_pretrained(folder, dtype=model.dtype), inputs)
     tolerance = max(TOLERANCE.get(model.dtype, 0), ROUNDED_INPUTS if rounds_inputs else 0)
     if not difference <= tolerance:
         raise ValueError(

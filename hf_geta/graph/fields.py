@@ -126,13 +126,14 @@ class ConfigFields:
 
     def _proposals(self, path: Path, wanted: Mapping[Dim, int]) -> list[int]:
         """The values that a field may need: as much smaller as one of the dimensions that it states."""
-        value, found = self.values[path], dict.fromkeys([0])
-        for name, dim in sorted(self.dims[path]):
+        value, found = self.values[path], set()
+        for name, dim in self.dims[path]:
             kept, dense = wanted[name, dim], self.shapes[name][dim]
-            proposed, rest = (kept, 0) if value is None else divmod(value * kept, dense)
-            found[proposed if not rest else 0] = None
-        proposals = [proposed for proposed in found if proposed]
-        return proposals if len(proposals) <= MOST_VALUES else []
+            if value is None:
+                found.add(kept)
+            elif value * kept % dense == 0:
+                found.add(value * kept // dense)
+        return sorted(found) if len(found) <= MOST_VALUES else []
 
     def _target(self, wanted: Mapping[Dim, int]) -> dict[str, tuple[int, ...]]:
         return {
@@ -193,12 +194,16 @@ def format_path(path: Path) -> str:
 
 
 def _ints(values: Any, path: Path = ()) -> Iterator[tuple[Path, int | None]]:
-    """The fields that may state a size: numbers that could be smaller, and what has no value."""
+    """The fields that may state a size: numbers that could be smaller, and what has no value; of inner configs, too."""
     for step, value in values.items() if isinstance(values, dict) else enumerate(values):
-        if isinstance(value, dict | list) and not isinstance(step, int):
+        if _is_config(value) or (isinstance(value, list) and all(type(each) is int for each in value)):
             yield from _ints(value, (*path, step))
-        elif value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 1):
+        elif value is None or (type(value) is int and value > 1):
             yield (*path, step), value
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, dict) and "model_type" in value
 
 
 def _implied_head_sizes(values: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, int]]:
@@ -207,7 +212,7 @@ def _implied_head_sizes(values: dict[str, Any], path: Path = ()) -> Iterator[tup
     if isinstance(width, int) and isinstance(heads, int) and values.get("head_dim") is None:
         yield (*path, "head_dim"), width // heads
     for name, value in values.items():
-        if isinstance(value, dict):
+        if _is_config(value):
             yield from _implied_head_sizes(value, (*path, name))
 
 

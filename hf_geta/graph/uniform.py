@@ -16,7 +16,7 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
-from hf_geta.graph.fields import Changes, ConfigFields, Dim, agrees_with, connected, format_path, shapes_of
+from hf_geta.graph.fields import Changes, ConfigFields, Dim, agrees_with, connected, format_path
 from hf_geta.graph.folding import fold_names
 from hf_geta.graph.qadg import QADG, Axis
 from hf_geta.graph.tracing import named_tensors
@@ -49,7 +49,7 @@ def make_uniform(qadg: QADG, model: PreTrainedModel) -> tuple[QADG, tuple[Family
         ValueError: if the model is not the one that its config builds.
     """
     fields = ConfigFields(model)
-    if fields.shapes != shapes_of(model):
+    if any(fields.shapes.get(name) != tuple(tensor.shape) for name, tensor in model.state_dict().items()):
         raise ValueError(
             f"uniform=True: {fields.name} does not build this {type(model).__name__} (it is pruned already, or changed "
             "by hand), so that no other values in it can state what is left: start from an ordinary model."

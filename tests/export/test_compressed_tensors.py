@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from hf_geta.checkpoint.layers import PackedLinear
 from hf_geta.cli import main
 from hf_geta.export.compressed_tensors import pack_to_words, round_inputs_to_bytes_
+from hf_geta.export.formats import export_checkpoint
 from hf_geta.export.plain import packed_weights
 from hf_geta.graph.example_inputs import example_inputs
 from hf_geta.optim.widths import WidthTable
@@ -112,6 +113,14 @@ def test_inputs_at_8_bits_stay_rounded_signed_or_not(exported):
     prefix = "model.layers.0.self_attn."
     assert len({float(tensors[f"{prefix}{name}_proj.input_scale"]) for name in "qkv"}) == 1
     assert tensors[f"{prefix}q_proj.weight"].dtype == torch.int8
+
+
+def test_scales_stay_exact_whatever_the_dtype_of_the_other_floats(exported, tmp_path):
+    export_checkpoint(exported[0] / "weights" / "compressed", tmp_path, "compressed-tensors", "bfloat16")
+    tensors = load_file(tmp_path / "model.safetensors")
+    dtypes = {name.rpartition(".")[2]: tensor.dtype for name, tensor in tensors.items() if "_proj" in name}
+    assert dtypes == {"weight_packed": torch.int32, "weight_scale": torch.float32, "weight_shape": torch.int64}
+    assert tensors["model.norm.weight"].dtype == torch.bfloat16
 
 
 def test_the_packed_words_are_the_formats():

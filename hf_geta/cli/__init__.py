@@ -24,6 +24,7 @@ from hf_geta.cli import export, graph, plan, report, verify
 from hf_geta.report.folder import clean
 
 COMMANDS = (graph, verify, plan, report, export)
+LOGS = logging.StreamHandler()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,8 +46,8 @@ def _set_up_logs() -> None:
     transformers.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
     package = logging.getLogger("hf_geta")
-    if not package.handlers:
-        package.addHandler(logging.StreamHandler())
+    LOGS.stream = sys.stderr  # that of now: a program may call `main` more than once
+    package.addHandler(LOGS)
     package.propagate = False
 
 

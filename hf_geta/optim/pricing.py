@@ -72,7 +72,7 @@ class Pricing:
         self.budget = budget
         share = 1.0 if config.group_sparsity is None else config.group_sparsity
         self.families = space.lockstep(config.min_groups, config.group_divisible)
-        self.most_removed = round(share * space.num_groups)
+        self.most_removed = int(share * space.num_groups + 1e-9)  # a cap: never rounded up
         self.signed = [quantizer.signed for quantizer in widths.quantizers]
         self.scores = torch.zeros(space.num_groups, device=widths.signed.device)
         self.noise = torch.zeros_like(widths.signed)

@@ -16,11 +16,16 @@ from hf_geta.checkpoint.directory import replace_files
 from hf_geta.checkpoint.models import load_model
 from hf_geta.export.compressed_tensors import write_compressed_tensors
 from hf_geta.export.dense import write_dense
+from hf_geta.export.onnx import write_onnx
 
-# Fills an empty folder with a loaded compressed model, in eval mode on the CPU.
+# Writes a loaded compressed model, in eval mode on the CPU, to a folder that has its tokenizer or processor.
 Writer = Callable[[PreTrainedModel, Path], None]
 
-FORMATS: dict[str, Writer] = {"dense": write_dense, "compressed-tensors": write_compressed_tensors}
+FORMATS: dict[str, Writer] = {
+    "dense": write_dense,
+    "compressed-tensors": write_compressed_tensors,
+    "onnx": write_onnx,
+}
 
 # What a processor saves beside a model: text and images go in the same way, whatever the model's format.
 COMPANIONS = (
@@ -59,7 +64,7 @@ def export_checkpoint(source: str | Path, target: str | Path, form: str, dtype: 
 
 
 def _write(write: Writer, model: PreTrainedModel, source: Path, folder: Path) -> None:
-    write(model, folder)
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             shutil.copy(file, folder)
+    write(model, folder)

@@ -31,7 +31,7 @@ class Trace:
 
 def export(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     """The graph by `torch.export`, on fake tensors."""
-    with quiet_torch(), _only_tensors_returned(model):
+    with quiet_torch(), only_tensors_returned(model):
         program = torch.export.export(model, (), dict(inputs), strict=False)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     sources, constants = {}, {}
@@ -56,7 +56,7 @@ def trace_concretely(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     def forward(tensors: dict[str, torch.Tensor], given: dict[str, Any]) -> Any:
         return torch.func.functional_call(model, tensors, (), given, tie_weights=True)
 
-    with fx.traceback.preserve_node_meta(), _module_stack(model), _only_tensors_returned(model):
+    with fx.traceback.preserve_node_meta(), _module_stack(model), only_tensors_returned(model):
         graph_module = make_fx(forward, pre_dispatch=True, _error_on_data_dependent_ops=False)(tensors, given)
     graph_module.graph.eliminate_dead_code()  # such as sums that only a decision looked at
     placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
@@ -91,7 +91,7 @@ def _module_stack(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _only_tensors_returned(model: nn.Module) -> Iterator[None]:
+def only_tensors_returned(model: nn.Module) -> Iterator[None]:
     """While active, `model` returns its float tensors only: tracers do not know all kinds of caches."""
     original = model.forward
 
@@ -126,9 +126,9 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def quiet_torch() -> Iterator[None]:
-    """While active, torch does not print graphs and tracebacks of what is only tried."""
-    talkers = [logging.getLogger(name) for name in TALKERS]
+def quiet_torch(*more: str) -> Iterator[None]:
+    """While active, torch does not print graphs and tracebacks of what is only tried; `more`: loggers as well."""
+    talkers = [logging.getLogger(name) for name in (*TALKERS, *more)]
     disabled = [talker.disabled for talker in talkers]
     try:
         for talker in talkers:

@@ -16,6 +16,7 @@ from hf_geta.checkpoint.directory import replace_files
 from hf_geta.checkpoint.models import load_model
 from hf_geta.export.compressed_tensors import write_compressed_tensors
 from hf_geta.export.dense import write_dense
+from hf_geta.export.gguf import write_gguf
 from hf_geta.export.onnx import write_onnx
 
 # Writes a loaded compressed model, in eval mode on the CPU, to a folder that has its tokenizer or processor.
@@ -25,6 +26,7 @@ FORMATS: dict[str, Writer] = {
     "dense": write_dense,
     "compressed-tensors": write_compressed_tensors,
     "onnx": write_onnx,
+    "gguf": write_gguf,
 }
 
 # What a processor saves beside a model: text and images go in the same way, whatever the model's format.

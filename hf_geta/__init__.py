@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.config import GETAConfig
 
 importlib.import_module("hf_geta.hf_quantizer")  # registers quant_method "geta"; nothing here uses its names
@@ -48,6 +49,7 @@ __all__ = [
     "create_optimizer",
     "finalize_model",
     "prepare_model",
+    "set_backend_",
     "verify_qadg",
 ]
 

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_geta.checkpoint.dequantize import dequantize_
-from hf_geta.checkpoint.layers import PackedLayer, replace_with_packed_
+from hf_geta.checkpoint.layers import PackedLayer, check_backend, replace_with_packed_, set_backend_
 from hf_geta.checkpoint.manifest import QUANT_METHOD, Manifest, fit_manifest, in_file_names, write_manifest_
 from hf_geta.checkpoint.names import packed_tensors, save_as_they_are_, without_conversions_of
 from hf_geta.checkpoint.prune import resize_, set_attributes_
@@ -32,17 +32,19 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
 
     Users make one only to say how to load: `from_pretrained(path, quantization_config=GETAQuantizationConfig(
     dequantize=True))` gives an ordinary float model of the pruned shapes, which trains, casts and saves as such. Its
-    weights are those that the codes stand for; inputs are not rounded any more.
+    weights are those that the codes stand for; inputs are not rounded any more. `backend` is how a packed model
+    computes (`set_backend_`).
 
     Raises:
-        ValueError: for a manifest that this version cannot read (`Manifest.from_dict`).
+        ValueError: for a manifest that this version cannot read (`Manifest.from_dict`), or an unknown backend.
     """
 
-    def __init__(self, /, dequantize: bool = False, **values: Any) -> None:
+    def __init__(self, /, dequantize: bool = False, backend: str = "auto", **values: Any) -> None:
         if not isinstance(dequantize, bool):
             raise ValueError(f"dequantize={dequantize!r}: write True or False.")
+        check_backend(backend)
         self.quant_method: Any = QUANT_METHOD
-        self.dequantize = dequantize
+        self.dequantize, self.backend = dequantize, backend
         self.manifest = Manifest.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +53,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained` takes over from a user's config; all else is the checkpoint's."""
-        return {"dequantize": self.dequantize}
+        return {"dequantize": self.dequantize, "backend": self.backend}
 
     def __iter__(self) -> Iterator[Any]:
         yield from self.to_dict().items()
@@ -104,6 +106,7 @@ class GETAHfQuantizer(HfQuantizer):
             self.dequantize(model)
         else:  # saved again, it speaks of this class of model, with or without the head
             self.quantization_config.manifest = in_file_names(self._manifest, model)
+            set_backend_(model, self.quantization_config.backend)
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """What `model.dequantize()` does: an ordinary float model, at most pruned; in `dtype` if one is given."""

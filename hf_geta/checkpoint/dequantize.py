@@ -27,7 +27,9 @@ def dequantize_(model: PreTrainedModel) -> None:
             names.setdefault(module, []).append(name)
     if names and (offloaded := [name for name, tensor in model.state_dict().items() if tensor.is_meta]):
         raise ValueError(f"{offloaded[0]} is offloaded: load the model without an offload to dequantize it.")
-    weights = {layer: nn.Parameter(layer.weight.clone()) for layer in names if not layer.shared_with}
+    weights: dict[nn.Module, nn.Parameter] = {
+        layer: nn.Parameter(layer.weight.clone()) for layer in names if not layer.shared_with
+    }
     for layer, aliases in names.items():
         dense = _dense_layer(layer, weights[layer.shared_with[0] if layer.shared_with else layer])
         for alias in aliases:

@@ -1,161 +1,137 @@
 """Layers that run from packed weights: PackedLinear, PackedConv2d, PackedConv1D.
 
-In the state dict, `weight` is the flat stream of codes (uint8); its scale is one number of the manifest or, per output
-channel, `step_size` (float32). In the program, `layer.weight` reads as what it stands for, the decoded float weight,
-because models ask for its dtype and device.
+How a layer computes is its backend (`set_backend_`): from the decoded float weight, which is the reference, or in
+integers, where the layer and the hardware allow it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_geta.checkpoint import integer
 from hf_geta.checkpoint.manifest import LayerManifest
-from hf_geta.checkpoint.packing import highest_code, packed_bytes, unpack_codes
+from hf_geta.checkpoint.packed_weight import PackedWeight, scalar
+from hf_geta.checkpoint.packing import highest_code
 from hf_geta.quantization.functional import fake_quantize
 
-
-class _Decoded(NamedTuple):
-    """A decoded weight and what it was decoded from; torch counts in-place changes of each tensor."""
-
-    sources: tuple[Tensor, ...]  # codes and, per channel, step sizes
-    weight: Tensor
-    versions: tuple[int, ...]
-
-    @classmethod
-    def of(cls, sources: tuple[Tensor, ...], weight: Tensor) -> _Decoded:
-        return cls(sources, weight, _versions(*sources, weight))
-
-    def is_current(self, sources: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
-        same = len(sources) == len(self.sources) and all(a is b for a, b in zip(sources, self.sources, strict=True))
-        return same and self.weight.dtype == dtype and self.versions == _versions(*sources, self.weight)
+BACKENDS = ("auto", "reference", "packed")
+MIN_WINDOW_CHANNELS = 16  # windows are gathered in runs of channels: below, that costs more than integers gain
 
 
-class PackedLayer(nn.Module):
-    """What the packed layers have in common; combined with the dense layer that it stands in for.
+class PackedLayer(PackedWeight):
+    """What the packed layers have in common; combined with the dense layer that it stands in for."""
 
-    Buffers: `weight` uint8 (ceil(numel * bits / 8),) and, with a granularity of "channel", `step_size` float32 (out,).
-    They keep these types whatever the model is cast to; the decoded weight and the bias follow the model. Single
-    numbers, the step sizes of a whole weight and of the input, are the manifest's.
-    """
+    bias: Any
+    backend = "reference"
+    _fits_integers = False  # until a backend is set
 
-    channel_dim = 0  # of the dense weight
-
-    def __init__(self, dense: nn.Module, manifest: LayerManifest, shared_with: PackedLayer | None = None) -> None:
-        """An empty packed layer with the hyperparameters, bias, device and dtype of `dense`.
-
-        `shared_with`: the layer whose packed weight this one uses; it then has none of its own.
-        """
-        nn.Module.__init__(self)
-        # Sizes, strides, padding: whatever the dense class keeps beside its tensors and submodules.
-        hyperparameters = {k: v for k, v in vars(dense).items() if k not in vars(self) and k != "_is_hf_initialized"}
-        vars(self).update(hyperparameters, training=dense.training)
-        self.hyperparameters = tuple(hyperparameters)
-        self.manifest = manifest
-        self.weight_dtype: torch.dtype = dense.weight.dtype  # type: ignore[assignment]
-        self.shared_with = () if shared_with is None else (shared_with,)  # a tuple: not a submodule of this layer
-        self._decoded: _Decoded | None = None
-        self._is_hf_initialized = True  # transformers has nothing to initialize here
-        device = dense.weight.device
-        if shared_with is None:
-            # Not register_buffer: it asks hasattr(self, "weight"), which would decode.
-            size = packed_bytes(math.prod(manifest.shape), manifest.bits)
-            self._buffers["weight"] = torch.empty(size, dtype=torch.uint8, device=device)  # type: ignore[arg-type]
-            if manifest.granularity == "channel":
-                channels = manifest.shape[self.channel_dim]
-                self.register_buffer("step_size", torch.empty(channels, dtype=torch.float32, device=device))  # type: ignore[arg-type]
-        self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight that the codes stand for, float, in the dense shape; on the meta device the codes themselves.
-
-        Decoded at the first reading and kept until codes, step sizes, dtype or device change.
-        """
-        if self.shared_with:
-            return self.shared_with[0].weight
-        codes, step_sizes = self.codes(), self._buffers.get("step_size")
-        if codes.is_meta:  # loading by name compares shapes with the file: nothing to decode yet
-            return codes
-        if torch.compiler.is_compiling():
-            return self._decode()
-        sources = (codes,) if step_sizes is None else (codes, step_sizes)
-        if self._decoded is not None and self._decoded.is_current(sources, self.weight_dtype):
-            return self._decoded.weight
-        with torch.inference_mode(False):
-            weight = self._decode()
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # no initialization writes into it
-        self._decoded = _Decoded.of(sources, weight)
-        return weight
-
-    def codes(self) -> Tensor:
-        """The packed codes, uint8, (ceil(numel * bits / 8),); for a layer that shares its weight, the owner's."""
-        if self.shared_with:
-            return self.shared_with[0].codes()
-        codes = self._buffers["weight"]
-        assert codes is not None
-        if codes.dtype != torch.uint8 and self._decoded is not None:
-            # accelerate places a module on a device by reading each tensor and writing it back: it read the weight.
-            codes = self._buffers["weight"] = self._decoded.sources[0].to(codes.device)
-        return codes
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and (isinstance(value, nn.Parameter) or value.dtype != torch.uint8):
-            raise ValueError(
-                f"the weight of a {type(self).__name__} is packed codes, which only other codes (uint8) can replace; "
-                "tie, resize or train the model before it is packed, or dequantize it."
-            )
-        super().__setattr__(name, value)
-
-    def integers(self) -> Tensor:
-        """The codes as int32, in the dense shape."""
-        shape = self.manifest.shape
-        return unpack_codes(self.codes(), self.manifest.bits, math.prod(shape)).view(shape)
-
-    def step_sizes(self) -> Tensor:
-        """d, float32: () of the whole weight, or one per output channel, shaped to multiply `integers`."""
-        if self.shared_with:
-            return self.shared_with[0].step_sizes()
-        step_sizes = self._buffers.get("step_size")
-        if step_sizes is None:
-            return _scalar(self.manifest.step_size, self.codes().device)
-        return step_sizes.view([-1 if dim == self.channel_dim else 1 for dim in range(len(self.manifest.shape))])
-
-    @torch.no_grad()
-    def _decode(self) -> Tensor:
-        return (self.step_sizes() * self.integers()).to(self.weight_dtype)
+    def set_backend_(self, backend: str) -> None:
+        """See `set_backend_` for a whole model."""
+        check_backend(backend)
+        self.backend, self._decoded = backend, None
+        self._fits_integers = (
+            self._is_matrix_product()
+            and integer.fits_integers(self.manifest, self.channel_dim)
+            and integer.has_integer_kernel(integer.input_dtype(self.manifest))
+        )
+        if not (backend == "auto" and self._fits_integers):
+            self.hold_(as_int8=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The dense layer's output, from the decoded weight and, where activations are quantized, a rounded input."""
-        if self.manifest.activation_bits is not None:
-            signed = bool(self.manifest.activation_signed)
-            step_size = _scalar(self.manifest.activation_step_size, input.device)
-            # To clip x at the highest code's value or round(x / d) at the highest code is the same: both are monotone.
-            clip_max = step_size * highest_code(self.manifest.activation_bits, signed)
-            input = fake_quantize(input, step_size, clip_max, signed=signed)
-        return super().forward(input)
+        """The dense layer's output, from the decoded weight and, where activations are quantized, a rounded input.
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
-        """`fn` (a move or a cast) on everything, but step sizes stay float32: they are exact numbers of the format."""
-        step_sizes = self._buffers.get("step_size")
-        super()._apply(fn, recurse)
-        moved = self._buffers.get("step_size")
-        if step_sizes is not None and moved is not None and moved.dtype != step_sizes.dtype:
-            self._buffers["step_size"] = step_sizes.to(moved.device)
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        return self
+        In integers where backend, layer and input allow it; the gradients are those of the reference.
+        """
+        if not self._multiplies_integers(input):
+            return self._reference(input)
+        learns = input.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if not (learns and torch.is_grad_enabled()):
+            return self._integer_product(input)
+        if torch.compiler.is_compiling():
+            return self._reference(input)
+        return _WithGradient.apply(input, self.bias, self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_decoded": None}  # copies and pickles decode again
+    def _reference(self, input: Tensor) -> Tensor:
+        output = super().forward(self._rounded(input))
+        if self.backend == "packed":
+            self._owner._decoded = None
+        return output
+
+    def _rounded(self, input: Tensor) -> Tensor:
+        """What the decoded weight is multiplied with: the input on its grid, with a straight-through gradient."""
+        manifest = self.manifest
+        if manifest.activation_bits is None:
+            return input
+        learns = input.requires_grad and torch.is_grad_enabled()
+        if input.device.type == "cpu" and not learns and not torch.compiler.is_compiling():
+            codes = integer.rounded_codes(input if input.dtype == torch.float64 else input.float(), manifest)
+            return codes.mul_(integer.input_step_size(manifest)).to(input.dtype)
+        signed = bool(manifest.activation_signed)
+        step_size = scalar(manifest.activation_step_size, input.device)
+        # To clip x at the highest code's value or round(x / d) at the highest code is the same: both are monotone.
+        clip_max = step_size * highest_code(manifest.activation_bits, signed)
+        return fake_quantize(input, step_size, clip_max, signed=signed)
+
+    def _multiplies_integers(self, input: Tensor) -> bool:
+        if not self._fits_integers or input.device.type != "cpu" or input.dtype not in integer.INPUT_DTYPES:
+            return False
+        if self._stored().device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # autocast knows no integers
+            return False
+        if self.backend == "auto" and not torch.compiler.is_compiling():
+            self._owner.hold_(as_int8=True)
+        return self.backend != "reference"
+
+    def _integer_product(self, input: Tensor) -> Tensor:
+        rows, shape = self._rows(integer.input_codes(input, self.manifest))
+        step_size: Any = self._owner._buffers.get("step_size", self._owner.manifest.step_size)
+        scale = step_size * integer.input_step_size(self.manifest)
+        output = integer.integer_product(rows, self._matrix(self._integers()), scale, self.bias)
+        return self._from_rows(output.to(input.dtype), shape)
+
+    # How the layer is a product of matrices: rows of the input, (rows, in), times the weight, (in, out).
+
+    def _is_matrix_product(self) -> bool:
+        return True
+
+    def _rows(self, codes: Tensor) -> tuple[Tensor, Sequence[int]]:
+        """The codes of the input as rows, and the shape that the rows of the output have."""
+        return codes.reshape(-1, codes.shape[-1]), codes.shape[:-1]
+
+    def _matrix(self, integers: Tensor) -> Tensor:
+        return integers.flatten(1).t()
+
+    def _from_rows(self, output: Tensor, shape: Sequence[int]) -> Tensor:
+        return output.view(*shape, output.shape[-1])
 
     def extra_repr(self) -> str:
         """The dense layer's description and the width."""
         return f"{super().extra_repr()}, bits={self.manifest.bits}".removeprefix(", ")
+
+
+class _WithGradient(torch.autograd.Function):
+    """The product in integers, with the gradients of the reference at the same input."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, bias: Tensor | None, layer: PackedLayer) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.layer = layer
+        return layer._integer_product(input)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (input,) = ctx.saved_tensors
+        wanted = [input.detach().requires_grad_(), ctx.layer.bias]
+        with torch.enable_grad():
+            output = ctx.layer._reference(wanted[0])
+        wanted = [each if needed else None for each, needed in zip(wanted, ctx.needs_input_grad)]
+        found = iter(torch.autograd.grad(output, [each for each in wanted if each is not None], grad))
+        return *(None if each is None else next(found) for each in wanted), None
 
 
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override]  # `weight` is read-only here
@@ -165,25 +141,51 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override]  # `weight
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override]
     """nn.Conv2d from a packed weight; dense shape (out, in / groups, height, width)."""
 
+    def _is_matrix_product(self) -> bool:
+        if self.groups > 1 or self.dilation != (1, 1) or self.padding_mode != "zeros":
+            return False
+        return self._windows_are_tiles() or self.in_channels >= MIN_WINDOW_CHANNELS
+
+    def _windows_are_tiles(self) -> bool:
+        """They neither overlap nor leave the image: patches, and kernels of one pixel."""
+        return self.kernel_size == self.stride and not any(self._reversed_padding_repeated_twice)
+
+    def _multiplies_integers(self, input: Tensor) -> bool:
+        return input.dim() == 4 and super()._multiplies_integers(input)
+
+    def _rows(self, codes: Tensor) -> tuple[Tensor, Sequence[int]]:
+        (batch, channels, height, width), (h, w) = codes.shape, self.kernel_size
+        if self._windows_are_tiles():
+            rows, columns = height // h, width // w
+            tiles = codes[:, :, : rows * h, : columns * w].reshape(batch, channels, rows, h, columns, w)
+            return tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * h * w), (batch, rows, columns)
+        image = nn.functional.pad(codes.permute(0, 2, 3, 1), (0, 0, *self._reversed_padding_repeated_twice))
+        windows = image.contiguous().unfold(1, h, self.stride[0]).unfold(2, w, self.stride[1])
+        return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, h * w * channels), windows.shape[:3]
+
+    def _matrix(self, integers: Tensor) -> Tensor:
+        return super()._matrix(integers if self._windows_are_tiles() else integers.permute(0, 2, 3, 1))
+
+    def _from_rows(self, output: Tensor, shape: Sequence[int]) -> Tensor:
+        return super()._from_rows(output, shape).permute(0, 3, 1, 2).contiguous()
+
+    def _ordered(self, integers: Tensor) -> Tensor:
+        return integers if self._windows_are_tiles() else integers.contiguous(memory_format=torch.channels_last)
+
 
 class PackedConv1D(PackedLayer, Conv1D):  # type: ignore[misc]
     """transformers' Conv1D (GPT-2) from a packed weight; dense shape (in, out)."""
 
     channel_dim = 1
 
+    def _matrix(self, integers: Tensor) -> Tensor:
+        return integers
+
+    def _ordered(self, integers: Tensor) -> Tensor:
+        return integers.t().contiguous().t()
+
     def __repr__(self) -> str:
         return f"PackedConv1D(nf={self.nf}, nx={self.nx}, bits={self.manifest.bits})"
-
-
-def _scalar(value: float | None, device: torch.device) -> Tensor:
-    """A number of the manifest on `device`, float32 (): written there by a fill, nothing is copied or waited for."""
-    assert value is not None
-    return torch.full((), value, dtype=torch.float32, device=device)
-
-
-def _versions(*tensors: Tensor) -> tuple[int, ...]:
-    """How often each tensor was written to; inference tensors do not count, and cannot be trained either."""
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
@@ -227,3 +229,28 @@ def replace_with_packed_(model: nn.Module, layers: Mapping[str, LayerManifest]) 
         if layer.shared_with:  # transformers would look for a parameter to tie
             getattr(model, "all_tied_weights_keys", {}).pop(f"{name}.weight", None)
     return packed
+
+
+def set_backend_(model: nn.Module, backend: str) -> None:
+    """How the packed layers of a compressed model compute from now on; nothing that `save_pretrained` writes changes.
+
+    Args:
+        backend: "auto", as it is after `from_pretrained` and `finalize_model`: in integers where the layer and the CPU
+            allow it (from the first call on it holds int8 codes, one byte a weight), elsewhere like "reference".
+            "reference": the weight is decoded once and kept as floats: bit for bit the model that was trained, at the
+            dense model's memory. "packed": nothing is kept but the packed codes; every call decodes them, to
+            integers where possible.
+
+    Raises:
+        ValueError: for another name.
+    """
+    check_backend(backend)
+    for layer in model.modules():
+        if isinstance(layer, PackedLayer):
+            layer.set_backend_(backend)
+
+
+def check_backend(backend: str) -> None:
+    """ValueError for a name that is not in BACKENDS."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: it is one of {', '.join(map(repr, BACKENDS))}.")

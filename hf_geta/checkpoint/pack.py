@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_geta.checkpoint.layers import PackedLayer, packed_class, replace_with_packed_
+from hf_geta.checkpoint.layers import PackedLayer, packed_class, replace_with_packed_, set_backend_
 from hf_geta.checkpoint.manifest import LayerManifest, Manifest, read_manifest, write_manifest_
 from hf_geta.checkpoint.names import packed_tensors, save_as_they_are_
 from hf_geta.checkpoint.packing import highest_code, pack_codes
@@ -23,9 +23,10 @@ WIDTH_TOLERANCE_BITS = 1e-3
 
 @torch.no_grad()
 def pack_model_(model: PreTrainedModel) -> PreTrainedModel:
-    """Turn every quantized layer into a packed one, and say so in `model.config`; outputs stay the same.
+    """Turn every quantized layer into a packed one, and say so in `model.config`.
 
-    Layers that share one weight share one packed tensor. What pruning wrote into the manifest is kept.
+    Outputs stay the same up to rounding, and bit for bit after `set_backend_(model, "reference")`. Layers that share
+    one weight share one packed tensor. What pruning wrote into the manifest is kept.
 
     Returns:
         `model`, ready for `save_pretrained`.
@@ -48,6 +49,7 @@ def pack_model_(model: PreTrainedModel) -> PreTrainedModel:
     shapes = {tensor: shape for tensor, shape in pruned.shapes.items() if tensor in tensors}
     save_as_they_are_(model, packed_tensors(manifests))
     write_manifest_(model, dataclasses.replace(pruned, shapes=shapes, layers=manifests))
+    set_backend_(model, "auto")
     return model
 
 

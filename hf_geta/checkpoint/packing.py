@@ -7,10 +7,14 @@ int16, and of two 4-bit codes the first lies in the low half of the byte. The la
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from hf_geta.config_checks import MAX_BITS, MIN_BITS
+
+BLOCK_NUMEL = 1 << 18  # codes that are unpacked at a time: what lies between stays in the cache
 
 
 def packed_bytes(numel: int, bits: int) -> int:
@@ -64,7 +68,7 @@ def unpack_codes(packed: Tensor, bits: int, numel: int) -> Tensor:
         numel: how many codes the stream holds.
 
     Returns:
-        int32, shape (numel,), on the device of `packed`.
+        int8 up to 8 bits, else int16; shape (numel,), on the device of `packed`. 8 bits are a view of `packed`.
 
     Raises:
         ValueError: for a width outside 2..16, or where `packed` does not hold `numel` codes.
@@ -75,18 +79,59 @@ def unpack_codes(packed: Tensor, bits: int, numel: int) -> Tensor:
             f"{numel} codes of {bits} bits are uint8 of shape ({packed_bytes(numel, bits)},), "
             f"not {str(packed.dtype).removeprefix('torch.')} of shape {tuple(packed.shape)}."
         )
-    octets = packed.new_zeros(-(-numel // 8) * bits)
-    octets[: len(packed)] = packed
-    octets = octets.view(-1, bits)  # (octets, bits) bytes
-    codes = torch.empty(len(octets), 8, dtype=torch.int32, device=packed.device)
+    if bits == 8:
+        return packed.view(torch.int8)
+    octets = -(-numel // 8)  # eight codes fill exactly `bits` bytes, whatever the width
+    codes = torch.empty(8 * octets, dtype=torch.int8 if bits < 8 else torch.int16, device=packed.device)
+    step = BLOCK_NUMEL if packed.device.type == "cpu" else max(8 * octets, 1)
+    for start in range(0, 8 * octets, step):
+        block = codes[start : start + step]
+        piece = packed[start * bits // 8 :][: len(block) * bits // 8]
+        piece = torch.nn.functional.pad(piece, (0, len(block) * bits // 8 - len(piece)))
+        (_spread_ if bits < 8 else _gather_)(piece, bits, block)
+    return codes[:numel]
+
+
+def _spread_(packed: Tensor, bits: int, codes: Tensor) -> None:
+    """Fill `codes`, int8, a multiple of 8 of them: every code moves into a byte of its own, many in one word.
+
+    The fewest codes that fill whole bytes (2 of 4 bits, 4 of 6, 8 of 5) come into the low bits of a word with a byte
+    for each. Then its upper half moves up to the middle, then the upper half of each half, until all are apart.
+    """
+    together = 8 // math.gcd(bits, 8)
+    size = together * bits // 8
+    word_type = {2: torch.int16, 4: torch.int32, 8: torch.int64}[together]
+    if size == 1:
+        words = packed.to(word_type)
+    else:
+        words = packed.new_zeros(len(packed) // size, together)
+        words[:, :size] = packed.view(-1, size)
+        words = words.view(word_type).view(-1)
+    half = together // 2
+    while half:
+        lower = sum((1 << half * bits) - 1 << slot for slot in range(0, 8 * together, 16 * half))
+        upper = words & _signed(lower << half * bits, 8 * together)
+        words = (words & lower).bitwise_or_(upper.bitwise_left_shift_(half * (8 - bits)))
+        half //= 2
     sign = 1 << bits - 1
+    torch.sub(words.view(torch.int8).bitwise_xor_(sign), sign, out=codes)
+
+
+def _gather_(packed: Tensor, bits: int, codes: Tensor) -> None:
+    """Fill `codes`, int16, a multiple of 8 of them: each is cut out of its two or three bytes."""
+    octets = packed.view(-1, bits).to(torch.int32)  # (octets, bits)
     for k in range(8):
         first_byte, shift = divmod(k * bits, 8)
-        field = torch.zeros(len(octets), dtype=torch.int32, device=packed.device)
-        for i in range(packed_bytes(1, shift + bits)):
-            field |= octets[:, first_byte + i].to(torch.int32) << 8 * i
-        codes[:, k] = ((field >> shift & (1 << bits) - 1) ^ sign) - sign
-    return codes.view(-1)[:numel]
+        field = octets[:, first_byte] >> shift
+        for i in range(1, packed_bytes(1, shift + bits)):
+            field |= octets[:, first_byte + i] << 8 * i - shift
+        sign = 1 << bits - 1
+        codes.view(-1, 8)[:, k] = ((field & (1 << bits) - 1) ^ sign) - sign
+
+
+def _signed(word: int, bits: int) -> int:
+    """The two's complement number with the bits of `word`."""
+    return word - (1 << bits) if word >> bits - 1 else word
 
 
 def _check_bits(bits: int) -> None:

@@ -1,0 +1,195 @@
+"""The weight of a packed layer: codes in memory, floats when it is read, one stream of bytes in the state dict.
+
+In the state dict, `weight` is the flat stream of codes (uint8); its scale is one number of the manifest or, per output
+channel, `step_size` (float32). In the program, `layer.weight` reads as what it stands for, the decoded float weight,
+because models ask for its dtype and device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_geta.checkpoint.manifest import LayerManifest
+from hf_geta.checkpoint.packing import pack_codes, packed_bytes, unpack_codes
+
+
+class _Decoded(NamedTuple):
+    """A decoded weight and what it was decoded from; torch counts in-place changes of each tensor."""
+
+    sources: tuple[Tensor, ...]  # codes and, per channel, step sizes
+    weight: Tensor
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sources: tuple[Tensor, ...], weight: Tensor) -> _Decoded:
+        return cls(sources, weight, _versions(*sources, weight))
+
+    def is_current(self, sources: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+        same = len(sources) == len(self.sources) and all(a is b for a, b in zip(sources, self.sources, strict=True))
+        return same and self.weight.dtype == dtype and self.versions == _versions(*sources, self.weight)
+
+
+class PackedWeight(nn.Module):
+    """A layer whose weight is integer codes and step sizes, and whose bias is an ordinary parameter.
+
+    Buffers: `weight` uint8 (ceil(numel * bits / 8),) and, with a granularity of "channel", `step_size` float32 (out,).
+    They keep these types whatever the model is cast to; the decoded weight and the bias follow the model. Single
+    numbers, the step sizes of a whole weight and of the input, are the manifest's. To compute in integers a layer may
+    hold its codes as int8 in the dense shape instead (`hold_`); its state dict is the same stream.
+    """
+
+    channel_dim = 0  # of the dense weight
+
+    def __init__(self, dense: nn.Module, manifest: LayerManifest, shared_with: PackedWeight | None = None) -> None:
+        """An empty packed layer with the hyperparameters, bias, device and dtype of `dense`.
+
+        `shared_with`: the layer whose packed weight this one uses; it then has none of its own.
+        """
+        nn.Module.__init__(self)
+        # Sizes, strides, padding: whatever the dense class keeps beside its tensors and submodules.
+        hyperparameters = {k: v for k, v in vars(dense).items() if k not in vars(self) and k != "_is_hf_initialized"}
+        vars(self).update(hyperparameters, training=dense.training)
+        self.hyperparameters = tuple(hyperparameters)
+        self.manifest = manifest
+        self.weight_dtype: torch.dtype = dense.weight.dtype  # type: ignore[assignment]
+        self.shared_with = () if shared_with is None else (shared_with,)  # a tuple: not a submodule of this layer
+        self._decoded: _Decoded | None = None
+        self._is_hf_initialized = True  # transformers has nothing to initialize here
+        device = dense.weight.device
+        if shared_with is None:
+            # Not register_buffer: it asks hasattr(self, "weight"), which would decode.
+            self._buffers["weight"] = self._empty_stream(device)  # type: ignore[arg-type]
+            if manifest.granularity == "channel":
+                channels = manifest.shape[self.channel_dim]
+                self.register_buffer("step_size", torch.empty(channels, dtype=torch.float32, device=device))  # type: ignore[arg-type]
+        self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the codes stand for, float, in the dense shape; on the meta device the codes themselves.
+
+        Decoded at the first reading and kept until codes, step sizes, dtype or device change.
+        """
+        if self.shared_with:
+            return self.shared_with[0].weight
+        stored, step_sizes = self._stored(), self._buffers.get("step_size")
+        if stored.is_meta:  # loading by name compares shapes with the file: nothing to decode yet
+            return self._empty_stream("meta")
+        if torch.compiler.is_compiling():
+            return self._decode()
+        sources = (stored,) if step_sizes is None else (stored, step_sizes)
+        if self._decoded is not None and self._decoded.is_current(sources, self.weight_dtype):
+            return self._decoded.weight
+        with torch.inference_mode(False):
+            weight = self._decode()
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # no initialization writes into it
+        self._decoded = _Decoded.of(sources, weight)
+        return weight
+
+    @property
+    def _owner(self) -> PackedWeight:
+        """The layer whose codes and step size this one uses."""
+        return self.shared_with[0] if self.shared_with else self
+
+    def codes(self) -> Tensor:
+        """The packed codes, uint8, (ceil(numel * bits / 8),); for a layer that shares its weight, the owner's."""
+        stored = self._stored()
+        return pack_codes(stored, self.manifest.bits) if stored.dtype == torch.int8 else stored
+
+    def _stored(self) -> Tensor:
+        """The codes as they lie in memory: the packed stream, or int8 in the dense shape."""
+        if self.shared_with:
+            return self.shared_with[0]._stored()
+        stored = self._buffers["weight"]
+        assert stored is not None
+        if stored.is_floating_point() and self._decoded is not None:
+            # accelerate places a module on a device by reading each tensor and writing it back: it read the weight.
+            stored = self._buffers["weight"] = self._decoded.sources[0].to(stored.device)
+        return stored
+
+    def integers(self) -> Tensor:
+        """The codes as int32, in the dense shape."""
+        return self._integers().to(torch.int32)
+
+    def step_sizes(self) -> Tensor:
+        """d, float32: () of the whole weight, or one per output channel, shaped to multiply `integers`."""
+        step_sizes = self._owner._buffers.get("step_size")
+        if step_sizes is None:
+            return scalar(self._owner.manifest.step_size, self._stored().device)
+        return step_sizes.view([-1 if dim == self.channel_dim else 1 for dim in range(len(self.manifest.shape))])
+
+    def _integers(self) -> Tensor:
+        """The codes in the dense shape, int8 up to 8 bits, else int16."""
+        stored, shape = self._stored(), self.manifest.shape
+        if stored.dtype == torch.int8:
+            return stored
+        return unpack_codes(stored, self.manifest.bits, math.prod(shape)).view(shape)
+
+    def hold_(self, as_int8: bool) -> None:
+        """Keep the codes as int8 in the dense shape, or as the packed stream; on the CPU, elsewhere as they are."""
+        stored = self._stored()
+        if not self.shared_with and stored.device.type == "cpu" and as_int8 != (stored.dtype == torch.int8):
+            with torch.inference_mode(False):
+                held = self._ordered(self._integers()) if as_int8 else self.codes()
+            self._buffers["weight"], self._decoded = held, None
+
+    def _ordered(self, integers: Tensor) -> Tensor:
+        """The int8 codes with the inputs of one output side by side in memory, as the kernel reads them fastest."""
+        return integers
+
+    def _empty_stream(self, device: torch.device | str) -> Tensor:
+        size = packed_bytes(math.prod(self.manifest.shape), self.manifest.bits)
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    @torch.no_grad()
+    def _decode(self) -> Tensor:
+        return (self.step_sizes() * self._integers()).to(self.weight_dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and (isinstance(value, nn.Parameter) or value.dtype != torch.uint8):
+            raise ValueError(
+                f"the weight of a {type(self).__name__} is packed codes, which only other codes (uint8) can replace; "
+                "tie, resize or train the model before it is packed, or dequantize it."
+            )
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
+        """`fn` (a move or a cast) on everything, but step sizes stay float32: they are exact numbers of the format."""
+        step_sizes = self._buffers.get("step_size")
+        super()._apply(fn, recurse)
+        moved = self._buffers.get("step_size")
+        if step_sizes is not None and moved is not None and moved.dtype != step_sizes.dtype:
+            self._buffers["step_size"] = step_sizes.to(moved.device)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.shared_with and self._stored().dtype == torch.int8:
+            destination[f"{prefix}weight"] = self.codes()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        held_as_int8 = not self.shared_with and self._stored().dtype == torch.int8
+        if held_as_int8:
+            self._buffers["weight"] = self._empty_stream(self._stored().device)
+        super()._load_from_state_dict(*args, **kwargs)
+        if held_as_int8:
+            self.hold_(as_int8=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_decoded": None}  # copies and pickles decode again
+
+
+def scalar(value: float | None, device: torch.device) -> Tensor:
+    """A number of the manifest on `device`, float32 (): written there by a fill, nothing is copied or waited for."""
+    assert value is not None
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    """How often each tensor was written to; inference tensors do not count, and cannot be trained either."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)

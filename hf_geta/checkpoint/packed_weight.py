@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_geta.checkpoint.manifest import LayerManifest
-from hf_geta.checkpoint.packing import pack_codes, packed_bytes, unpack_codes
+from hf_geta.checkpoint.packing import pack_codes, packed_bytes, unpack_narrow
 
 
 class _Decoded(NamedTuple):
@@ -127,7 +127,7 @@ class PackedWeight(nn.Module):
         stored, shape = self._stored(), self.manifest.shape
         if stored.dtype == torch.int8:
             return stored
-        return unpack_codes(stored, self.manifest.bits, math.prod(shape)).view(shape)
+        return unpack_narrow(stored, self.manifest.bits, math.prod(shape)).view(shape)
 
     def hold_(self, as_int8: bool) -> None:
         """Keep the codes as int8 in the dense shape, or as the packed stream; on the CPU, elsewhere as they are."""

@@ -68,11 +68,16 @@ def unpack_codes(packed: Tensor, bits: int, numel: int) -> Tensor:
         numel: how many codes the stream holds.
 
     Returns:
-        int8 up to 8 bits, else int16; shape (numel,), on the device of `packed`. 8 bits are a view of `packed`.
+        int32, shape (numel,), on the device of `packed`.
 
     Raises:
         ValueError: for a width outside 2..16, or where `packed` does not hold `numel` codes.
     """
+    return unpack_narrow(packed, bits, numel).to(torch.int32)
+
+
+def unpack_narrow(packed: Tensor, bits: int, numel: int) -> Tensor:
+    """`unpack_codes` in the smallest type, int8 up to 8 bits, else int16; codes of 8 bits are a view of `packed`."""
     _check_bits(bits)
     if packed.dtype != torch.uint8 or packed.shape != (packed_bytes(numel, bits),):
         raise ValueError(

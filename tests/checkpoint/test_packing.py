@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_geta.checkpoint import packing
-from hf_geta.checkpoint.packing import pack_codes, packed_bytes, unpack_codes
+from hf_geta.checkpoint.packing import pack_codes, packed_bytes, unpack_codes, unpack_narrow
 
 WIDTHS = range(2, 17)
 
@@ -25,7 +25,7 @@ def test_streams_of_many_blocks_unpack_to_the_same_codes_of_the_smallest_type(bi
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (77,), generator=torch.Generator().manual_seed(bits))
     packed = pack_codes(codes, bits)
     monkeypatch.setattr(packing, "BLOCK_NUMEL", 16)
-    unpacked = unpack_codes(packed, bits, 77)
+    unpacked = unpack_narrow(packed, bits, 77)
     assert unpacked.dtype == (torch.int8 if bits <= 8 else torch.int16)
     assert torch.equal(unpacked.long(), codes)
 

@@ -23,11 +23,14 @@ INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fits_integers(manifest: LayerManifest, channel_dim: int) -> bool:
-    """Whether a layer's products are those of an int8 kernel: both widths at most 8 bits, every sum below 2^31."""
+    """Whether a layer's products are those of an int8 kernel: both widths at most 8 bits, every sum below 2^31.
+
+    Sums of one term are not: torch 2.13's kernel leaves their result unwritten.
+    """
     if manifest.activation_bits is None or max(manifest.bits, manifest.activation_bits) > KERNEL_BITS:
         return False
     terms = math.prod(manifest.shape) // manifest.shape[channel_dim]
-    return terms * highest_code(manifest.bits) * _highest_input(manifest) <= MAX_SUM
+    return terms > 1 and terms * highest_code(manifest.bits) * _highest_input(manifest) <= MAX_SUM
 
 
 @functools.cache

@@ -25,6 +25,8 @@ LAYERS = {
     "linear": (lambda: nn.Linear(37, 11), (3, 5, 37)),
     "linear without bias": (lambda: nn.Linear(37, 11, bias=False), (3, 37)),
     "one row": (lambda: nn.Linear(64, 130), (1, 64)),
+    "two inputs, one output": (lambda: nn.Linear(2, 1), (3, 2)),
+    "one input": (lambda: nn.Linear(1, 5), (3, 1)),
     "no row": (lambda: nn.Linear(8, 3), (0, 8)),
     "conv1d": (lambda: Conv1D(11, 37), (2, 3, 37)),
     "patches": (lambda: nn.Conv2d(3, 7, (2, 3), stride=(2, 3)), (2, 3, 7, 9)),
@@ -34,7 +36,7 @@ LAYERS = {
     "windows that overlap": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 6, 5)),
     "windows that overlap, strided": (lambda: nn.Conv2d(4, 6, 3, 2, (1, 0), bias=False), (1, 4, 7, 5)),
 }
-IN_INTEGERS = [kind for kind in LAYERS if not kind.startswith("windows")]
+IN_INTEGERS = [kind for kind in LAYERS if not kind.startswith("windows") and kind != "one input"]
 
 
 def packed_layer(kind, bits, granularity="tensor", activation_bits=8, signed=True, dtype=torch.float32):

@@ -78,7 +78,9 @@ class PackedLayer(PackedWeight):
         return fake_quantize(input, step_size, clip_max, signed=signed)
 
     def _multiplies_integers(self, input: Tensor) -> bool:
-        if not self._fits_integers or input.device.type != "cpu" or input.dtype not in integer.INPUT_DTYPES:
+        if self.manifest.activation_bits is None or not self._fits_integers:  # an export may have let the input be
+            return False
+        if input.device.type != "cpu" or input.dtype not in integer.INPUT_DTYPES:
             return False
         if self._stored().device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # autocast knows no integers
             return False

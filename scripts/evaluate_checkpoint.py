@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from classification import evaluate_accuracy
 from images import DataArguments, ImageDataset, load_splits
-from run_image_classification import evaluate_accuracy
+from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import hf_geta  # noqa: F401  registers the compressed format
@@ -41,7 +42,7 @@ def evaluate_image_classification(folder: str, data: Mapping[str, Any], batch_si
     if len(images.names) != model.config.num_labels:
         raise ValueError(f"the data has {len(images.names)} classes, the model {model.config.num_labels}.")
     dataset = ImageDataset(images, AutoImageProcessor.from_pretrained(folder))
-    return "accuracy", evaluate_accuracy(model, dataset, batch_size)
+    return "accuracy", evaluate_accuracy(model, DataLoader(dataset, batch_size))["accuracy"]
 
 
 # One function for each task; the report says which is its own.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
+import runs
 import torch
 from PIL import Image
 from transformers import (
@@ -15,19 +15,14 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
-    Trainer,
-    TrainingArguments,
     ViTImageProcessorPil,
 )
 
 
 @dataclasses.dataclass
-class ModelArguments:
-    """Which model, and at what image size."""
+class ModelArguments(runs.ModelArguments):
+    """Which model, at what image size; `model_name_or_path` goes before `model_type`."""
 
-    model_name_or_path: str | None = dataclasses.field(
-        default=None, metadata={"help": "Weights to start from: a name on the Hub or a folder; goes before model_type."}
-    )
     model_type: str | None = dataclasses.field(
         default=None, metadata={"help": "Architecture to train from scratch: vit, deit, resnet, ..."}
     )
@@ -36,15 +31,6 @@ class ModelArguments:
     )
     image_size: int | None = dataclasses.field(
         default=None, metadata={"help": "Height and width of the input. By default the model's or the data's own."}
-    )
-    head_learning_rate: float | None = dataclasses.field(
-        default=None, metadata={"help": "Learning rate of the new head, where it differs from learning_rate."}
-    )
-    teacher_model_name_or_path: str | None = dataclasses.field(
-        default=None, metadata={"help": "Model whose outputs are followed while it trains, mostly the dense twin."}
-    )
-    compress: bool = dataclasses.field(
-        default=True, metadata={"help": "false trains the dense twin: same model, data and steps, no compression."}
     )
 
     def __post_init__(self) -> None:
@@ -124,25 +110,3 @@ def _interpolate(positions: torch.Tensor, tokens: int) -> torch.Tensor:
     grid = positions[:, special:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, width, side, side)
     grid = torch.nn.functional.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :special], grid.flatten(2).transpose(1, 2)], dim=1)
-
-
-def head_optimizer(
-    model: PreTrainedModel, args: TrainingArguments, head_learning_rate: float | None
-) -> torch.optim.Optimizer | None:
-    """Trainer's own optimizer with a learning rate for the head; None, for Trainer's own, where there is none."""
-    if head_learning_rate is None:
-        return None
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        in_head = not name.startswith(model.base_model_prefix + ".")
-        learning_rate = head_learning_rate if in_head else args.learning_rate
-        decay = args.weight_decay if name in decayed else 0.0
-        groups.setdefault((learning_rate, decay), []).append(parameter)
-    return kind([{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()], **options)
-
-
-def weight_bytes(folder: str | Path) -> int:
-    """Bytes of a checkpoint's weight files."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

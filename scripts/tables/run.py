@@ -19,7 +19,8 @@ from typing import Any
 import cifar_resnet  # noqa: F401  registers model_type cifar_resnet
 import cifar_vgg  # noqa: F401  registers model_type cifar_vgg
 import torch
-from image_models import head_optimizer, load_model, load_processor, weight_bytes
+from image_models import load_model, load_processor
+from runs import head_optimizer, weight_bytes
 from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
@@ -35,10 +36,10 @@ from hf_geta.optim.schedule import Stage
 from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
 from hf_geta.report import load_report
+from hf_geta.report.figures import DENSE
 from tables.data import Images, TrainingImages, load_images, model_arguments
 from tables.plan import Run
 
-DENSE = {"relative_bops": 1.0, "mean_weight_bits": 32.0, "mean_activation_bits": 32.0, "group_sparsity": 0.0}
 LOGS_PER_STAGE = 20
 BITS_TOLERANCE = 1e-3
 EVALUATION_BATCH = 250

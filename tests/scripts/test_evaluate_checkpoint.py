@@ -7,8 +7,9 @@ import datasets
 import evaluate_checkpoint
 import numpy as np
 import pytest
+from classification import evaluate_accuracy
 from PIL import Image
-from run_image_classification import evaluate_accuracy
+from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
 
 from hf_geta.report import load_report, save_report
@@ -38,7 +39,8 @@ def model(compressed_folder, data, tmp_path):
     arguments = evaluate_checkpoint.DataArguments(data_dir=str(data), max_eval_samples=16)
     images = evaluate_checkpoint.load_splits(arguments)[1]
     dataset = evaluate_checkpoint.ImageDataset(images, AutoImageProcessor.from_pretrained(folder))
-    accuracy = evaluate_accuracy(AutoModelForImageClassification.from_pretrained(folder).eval(), dataset, 4)
+    loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
+    accuracy = evaluate_accuracy(loaded, DataLoader(dataset, 4))["accuracy"]
     report = load_report(folder)
     evaluation = {"task": "image-classification", "metric": "accuracy", "max_eval_samples": 16}
     save_report(

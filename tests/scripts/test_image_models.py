@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from image_models import ModelArguments, head_optimizer, load_model, load_processor, resize_positions
+from image_models import ModelArguments, load_model, load_processor, resize_positions
 from PIL import Image
+from runs import head_optimizer
 from transformers import DeiTConfig, DeiTForImageClassification, TrainingArguments, ViTConfig, ViTForImageClassification
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

@@ -1,0 +1,166 @@
+"""What the run_* programs share: train, with GETA or without, load from disk, measure, write report and model card.
+
+A program brings its arguments, its data, its Auto class and the scores of its task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from hf_geta import GETAConfig, GETATrainer
+from hf_geta.checkpoint.directory import replace_text
+from hf_geta.report import load_report, metrics_table, save_report
+from hf_geta.report.figures import DENSE
+
+COST_KEYS = (
+    "parameters",
+    "relative_bops",
+    "file_bytes",
+    "mean_weight_bits",
+    "mean_activation_bits",
+    "group_sparsity",
+    "latency_ms",
+)
+
+
+@dataclasses.dataclass
+class ModelArguments:
+    """Which model, and how it is trained; every program may add to it."""
+
+    model_name_or_path: str | None = dataclasses.field(
+        default=None, metadata={"help": "Weights to start from: a name on the Hub or a folder."}
+    )
+    head_learning_rate: float | None = dataclasses.field(
+        default=None, metadata={"help": "Learning rate of the new head, where it differs from learning_rate."}
+    )
+    teacher_model_name_or_path: str | None = dataclasses.field(
+        default=None, metadata={"help": "Model whose outputs are followed while it trains, mostly the dense twin."}
+    )
+    compress: bool = dataclasses.field(
+        default=True, metadata={"help": "false trains the dense twin: same model, data and steps, no compression."}
+    )
+
+
+def train(
+    model: PreTrainedModel,
+    arguments: ModelArguments,
+    args: TrainingArguments,
+    geta_config: GETAConfig,
+    **options: Any,
+) -> GETATrainer:
+    """Fine-tune `model`, or its dense twin, and save it in `args.output_dir`; returns the trainer that did.
+
+    Args:
+        options: of the trainer: train_dataset, eval_dataset, processing_class, data_collator, compute_metrics ...
+    """
+    trainer = GETATrainer(
+        model=model,
+        args=args,
+        geta_config=geta_config if arguments.compress else None,
+        teacher_model=arguments.teacher_model_name_or_path if arguments.compress else None,
+        optimizers=(head_optimizer(model, args, arguments.head_learning_rate), None),
+        **options,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    return trainer
+
+
+def head_optimizer(
+    model: PreTrainedModel, args: TrainingArguments, head_learning_rate: float | None
+) -> torch.optim.Optimizer | None:
+    """Trainer's own optimizer with a learning rate for the head; None, for Trainer's own, where there is none."""
+    if head_learning_rate is None:
+        return None
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        in_head = not name.startswith(model.base_model_prefix + ".")
+        learning_rate = head_learning_rate if in_head else args.learning_rate
+        decay = args.weight_decay if name in decayed else 0.0
+        groups.setdefault((learning_rate, decay), []).append(parameter)
+    return kind([{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()], **options)
+
+
+def trained_folder(arguments: ModelArguments, args: TrainingArguments) -> str:
+    """Where the checkpoint to measure lies: the run's own, or, with do_train=false, the one that was named."""
+    folder = str(args.output_dir) if args.do_train else arguments.model_name_or_path
+    if folder is None:
+        raise ValueError("do_train=false evaluates a checkpoint: write model_name_or_path.")
+    return folder
+
+
+def measure(
+    folder: str,
+    auto_class: Any,
+    score: Callable[[PreTrainedModel], Mapping[str, float]],
+    example: Mapping[str, torch.Tensor],
+    args: TrainingArguments,
+) -> dict[str, Any]:
+    """The report's entry for the checkpoint in `folder`, loaded from there: the task's scores, then its costs.
+
+    Args:
+        score: the scores of a model in eval mode.
+        example: inputs of one example, as a batch of one; its latency is measured.
+    """
+    model = auto_class.from_pretrained(folder).to(args.device).eval()
+    costs = {
+        **DENSE,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **load_report(folder).get("compressed", {}),
+        "file_bytes": weight_bytes(folder),
+        "latency_ms": latency_ms(model, example),
+    }
+    return {**score(model), **{key: costs[key] for key in COST_KEYS}}
+
+
+def write_report(
+    folder: str,
+    entry: dict[str, Any],
+    args: TrainingArguments,
+    claim: Mapping[str, Any] | None = None,
+    trainer: Trainer | None = None,
+) -> None:
+    """report.json in `args.output_dir`, {"dense" or "compressed": entry}; a run's own figures go on its card, too.
+
+    Args:
+        claim: what the card says of the data, and how the figures are measured again.
+        trainer: of the run; it publishes the card again where it published the model.
+    """
+    report = load_report(folder)
+    name = "compressed" if report else "dense"
+    if report and trainer is not None:
+        save_report(folder, report | {name: report[name] | entry} | dict(claim or {}))
+        if args.push_to_hub:
+            trainer.push_to_hub(commit_message="Figures of the saved model")
+    output = Path(str(args.output_dir))
+    output.mkdir(parents=True, exist_ok=True)
+    replace_text(output / "report.json", json.dumps({name: entry}, indent=2) + "\n")
+    print(metrics_table({name: entry}))
+
+
+@torch.no_grad()
+def latency_ms(model: PreTrainedModel, example: Mapping[str, torch.Tensor], repeats: int = 50) -> float:
+    """Median milliseconds of one forward on `example`, from host to host."""
+    batch = {name: value.to(model.device) for name, value in example.items()}
+    times = []
+    for _ in range(repeats + 5):
+        start = time.perf_counter()
+        model(**batch).to_tuple()[0].cpu()  # .cpu() waits for an accelerator
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[5:])  # the first ones fill caches
+
+
+def weight_bytes(folder: str | Path) -> int:
+    """Bytes of a checkpoint's weight files."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

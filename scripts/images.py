@@ -4,50 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import splits
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
 CACHE_LIMIT_BYTES = 4 * 2**30  # decoded images that stay in memory; a larger set is decoded again for each batch
 DECODE_BATCH = 256
-# The Hub's data sets call the second split one or the other.
-EVAL_SPLITS = ("test", "validation", "valid", "val")
 
 
 @dataclasses.dataclass
-class DataArguments:
-    """Which images, and how they are augmented."""
+class DataArguments(splits.DataArguments):
+    """Which images, and how they are augmented; `data_dir` may be a folder of images, too: SPLIT/CLASS/FILE."""
 
-    dataset_name: str | None = dataclasses.field(default=None, metadata={"help": "Name of a data set on the Hub."})
-    dataset_config_name: str | None = dataclasses.field(default=None, metadata={"help": "Its configuration."})
-    data_dir: str | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Folder with train*.parquet and test*.parquet, or an image folder: SPLIT/CLASS/FILE. Goes before "
-            "dataset_name."
-        },
-    )
     image_column: str | None = dataclasses.field(default=None, metadata={"help": "By default the one with images."})
     label_column: str | None = dataclasses.field(default=None, metadata={"help": "By default the one with classes."})
-    max_train_samples: int | None = dataclasses.field(
-        default=None, metadata={"help": "Train on this many images, drawn once with a fixed seed."}
-    )
-    max_eval_samples: int | None = dataclasses.field(default=None, metadata={"help": "Evaluate on this many images."})
     crop_padding: int = dataclasses.field(
         default=0, metadata={"help": "Random crops of training images that were padded by this many pixels."}
     )
     horizontal_flip: bool = dataclasses.field(
         default=False, metadata={"help": "Mirror training images with probability 1/2."}
     )
-
-    def __post_init__(self) -> None:
-        if self.dataset_name is None and self.data_dir is None:
-            raise ValueError("write dataset_name (a data set on the Hub) or data_dir (a folder).")
 
 
 @dataclasses.dataclass
@@ -71,37 +52,16 @@ def load_splits(arguments: DataArguments) -> tuple[LabelledImages, LabelledImage
     Raises:
         ValueError: where a split or a column cannot be found; the message names those there are.
     """
-    if arguments.data_dir is not None:
-        splits = _load_folder(Path(arguments.data_dir))
-    else:
-        splits = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name)
-    evaluation = next((name for name in EVAL_SPLITS if name in splits), None)
-    if "train" not in splits or evaluation is None:
-        raise ValueError(f"splits {', '.join(splits)}: a train split and one of {', '.join(EVAL_SPLITS)} are needed.")
-    train = _labelled(splits["train"], arguments)
-    evaluated = _labelled(splits[evaluation], arguments)
+    train, evaluated = (_labelled(split, arguments) for split in splits.load_rows(arguments, splits.IMAGE_EVAL_SPLITS))
     if evaluated.names != train.names:
         raise ValueError(f"the splits name different classes: {train.names[:5]} ..., {evaluated.names[:5]} ...")
     return _first(train, arguments.max_train_samples), _first(evaluated, arguments.max_eval_samples)
 
 
-def _load_folder(folder: Path) -> datasets.DatasetDict:
-    if not folder.is_dir():
-        raise ValueError(f"data_dir={str(folder)!r}: there is no such folder.")
-    files: dict[str, list[str]] = {}
-    for file in sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]):
-        files.setdefault(file.stem.split("-")[0].split(".")[0], []).append(str(file))
-    if files:
-        return datasets.load_dataset("parquet", data_files=files)
-    return datasets.load_dataset("imagefolder", data_dir=str(folder))
-
-
 def _labelled(rows: datasets.Dataset, arguments: DataArguments) -> LabelledImages:
     image = arguments.image_column or _column(rows, datasets.Image, ("image", "img"))
     label = arguments.label_column or _column(rows, datasets.ClassLabel, ("label", "labels", "fine_label"))
-    for column in (image, label):
-        if column not in rows.column_names:
-            raise ValueError(f"column {column!r} is not in the data; there are: {', '.join(rows.column_names)}.")
+    splits.require_columns(rows, (image, label))
     rows = rows.select_columns([image, label]).rename_columns({image: "image", label: "label"})
     if not isinstance(rows.features["label"], datasets.ClassLabel):
         rows = rows.class_encode_column("label")
@@ -120,10 +80,7 @@ def _column(rows: datasets.Dataset, kind: type, names: tuple[str, ...]) -> str:
 
 
 def _first(images: LabelledImages, limit: int | None) -> LabelledImages:
-    if limit is None or limit >= len(images.rows):
-        return images
-    # Shuffled, since image folders are sorted by class; by a fixed seed, so that every run sees the same images.
-    return dataclasses.replace(images, rows=images.rows.shuffle(seed=0).select(range(limit)))
+    return dataclasses.replace(images, rows=splits.first_rows(images.rows, limit))
 
 
 class ImageDataset(torch.utils.data.Dataset):

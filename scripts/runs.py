@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_geta import GETAConfig, GETATrainer
@@ -49,6 +50,10 @@ class ModelArguments:
         default=True, metadata={"help": "false trains the dense twin: same model, data and steps, no compression."}
     )
 
+    def __post_init__(self) -> None:
+        if self.model_name_or_path is None:
+            raise ValueError("write model_name_or_path: the weights to start from, a name on the Hub or a folder.")
+
 
 def train(
     model: PreTrainedModel,
@@ -61,7 +66,12 @@ def train(
 
     Args:
         options: of the trainer: train_dataset, eval_dataset, processing_class, data_collator, compute_metrics ...
+
+    Raises:
+        ValueError: for a streamed train_dataset without max_steps: it has no length, and the stages need one.
     """
+    if isinstance(options["train_dataset"], IterableDataset) and args.max_steps < 1:
+        raise ValueError("streaming=true has no length: write max_steps, the stages are planned over it.")
     trainer = GETATrainer(
         model=model,
         args=args,

@@ -1,0 +1,68 @@
+#!/usr/bin/env python
+"""Fine-tune a classifier of texts or pairs of texts, pruned and quantized in the same run.
+
+    python scripts/run_text_classification.py --config configs/NAME.yaml [--FLAG VALUE ...]
+
+Flags, dense twin (`--compress false`), evaluation alone (`--do_train false --model_name_or_path FOLDER`) and
+report.json are those of run_image_classification.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from classification import accuracy_of_prediction, evaluate_accuracy
+from run_arguments import parse_run
+from runs import ModelArguments, measure, train, trained_folder, write_report
+from texts import TextArguments, load_texts
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    model_args, data_args, args, geta_config = parse_run((ModelArguments, TextArguments, TrainingArguments), argv)
+    folder = trained_folder(model_args, args)
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    texts = load_texts(data_args).tokenized(tokenizer, data_args.max_length)
+    collator = DataCollatorWithPadding(tokenizer)
+    if args.do_train:
+        train(
+            load_classifier(str(model_args.model_name_or_path), texts.names),
+            model_args,
+            args,
+            geta_config,
+            train_dataset=texts.train,
+            eval_dataset=texts.evaluation,
+            processing_class=tokenizer,
+            data_collator=collator,
+            compute_metrics=accuracy_of_prediction,
+        )
+    batches = DataLoader(texts.evaluation, args.per_device_eval_batch_size, collate_fn=collator)
+    example = {name: value for name, value in collator([texts.evaluation[0]]).items() if name != "labels"}
+    entry = measure(
+        folder, AutoModelForSequenceClassification, lambda model: evaluate_accuracy(model, batches), example, args
+    )
+    write_report(folder, entry, args)
+    return entry
+
+
+def load_classifier(name: str, classes: list[str]) -> PreTrainedModel:
+    """The pretrained model with one output for each class; a head of another size is left behind."""
+    id2label = dict(enumerate(classes))
+    label2id = {label: i for i, label in id2label.items()}
+    return AutoModelForSequenceClassification.from_pretrained(
+        name, id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Rows of a data set on the Hub, or of files in a folder: a train and an evaluation split, as large as asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # ending -> reader of `datasets`
+# Data sets call the second split one or the other; a test split of texts is often without labels.
+IMAGE_EVAL_SPLITS = ("test", "validation", "valid", "val")
+TEXT_EVAL_SPLITS = ("validation", "validation_matched", "valid", "val", "test")
+STREAM_BUFFER_ROWS = 10_000  # rows of a stream that are shuffled among each other
+
+
+@dataclasses.dataclass
+class DataArguments:
+    """Which data; every program may add to it."""
+
+    dataset_name: str | None = dataclasses.field(default=None, metadata={"help": "Name of a data set on the Hub."})
+    dataset_config_name: str | None = dataclasses.field(default=None, metadata={"help": "Its configuration."})
+    data_dir: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Folder with a file for each split, or several, as parquet, jsonl, json or csv: train*.parquet, "
+            "validation*.jsonl, ... Goes before dataset_name."
+        },
+    )
+    max_train_samples: int | None = dataclasses.field(
+        default=None, metadata={"help": "Train on this many rows, drawn once with a fixed seed."}
+    )
+    max_eval_samples: int | None = dataclasses.field(default=None, metadata={"help": "Evaluate on this many rows."})
+
+    def __post_init__(self) -> None:
+        if self.dataset_name is None and self.data_dir is None:
+            raise ValueError("write dataset_name (a data set on the Hub) or data_dir (a folder).")
+
+
+@dataclasses.dataclass
+class StreamArguments(DataArguments):
+    """Data that need not fit into memory."""
+
+    streaming: bool = dataclasses.field(
+        default=False, metadata={"help": "Read training rows while it trains, never all at once; needs max_steps."}
+    )
+
+
+def load_rows(arguments: DataArguments, eval_splits: Sequence[str], streaming: bool = False) -> tuple[Any, Any]:
+    """(train, evaluation): the train split and the first of `eval_splits` that there is.
+
+    Args:
+        streaming: both are IterableDatasets, read while they are used.
+
+    Raises:
+        ValueError: where there is no such folder or split; the message names those there are.
+    """
+    if arguments.data_dir is not None:
+        source = _files(Path(arguments.data_dir))
+    else:
+        source = {"path": arguments.dataset_name, "name": arguments.dataset_config_name}
+    found = datasets.load_dataset(**source, streaming=streaming)
+    evaluation = next((name for name in eval_splits if name in found), None)
+    if "train" not in found or evaluation is None:
+        raise ValueError(f"splits {', '.join(found)}: a train split and one of {', '.join(eval_splits)} are needed.")
+    return found["train"], found[evaluation]
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    """The arguments of `load_dataset` for the folder; without files of rows it is one of images, SPLIT/CLASS/FILE."""
+    if not folder.is_dir():
+        raise ValueError(f"data_dir={str(folder)!r}: there is no such folder.")
+    for ending, builder in BUILDERS.items():
+        files: dict[str, list[str]] = {}
+        for file in sorted([*folder.glob(f"*{ending}"), *folder.glob(f"data/*{ending}")]):
+            if file.stem == "metadata":  # of an image folder
+                continue
+            files.setdefault(file.stem.split("-")[0].split(".")[0], []).append(str(file))
+        if files:
+            return {"path": builder, "data_files": files}
+    return {"path": "imagefolder", "data_dir": str(folder)}
+
+
+def load_text_rows(arguments: DataArguments) -> tuple[Any, Any]:
+    """(train, evaluation), as many rows as the arguments allow; streamed, the first is an IterableDataset."""
+    streaming = isinstance(arguments, StreamArguments) and arguments.streaming
+    train, evaluation = load_rows(arguments, TEXT_EVAL_SPLITS, streaming)
+    train = first_rows(train, arguments.max_train_samples)
+    evaluation = first_rows(evaluation, arguments.max_eval_samples)
+    if streaming:
+        evaluation = datasets.Dataset.from_list(list(evaluation), features=evaluation.features)
+    return train, evaluation
+
+
+def require_columns(rows: Any, names: Sequence[str]) -> None:
+    """ValueError for a column that the data has not."""
+    if missing := [name for name in names if name not in rows.column_names]:
+        raise ValueError(f"the data has no column {', '.join(missing)}; there are: {', '.join(rows.column_names)}.")
+
+
+def first_rows(rows: Any, limit: int | None) -> Any:
+    """`limit` rows, or all, drawn by a fixed seed: rows are often sorted by class, and every run sees the same ones."""
+    if isinstance(rows, datasets.IterableDataset):
+        rows = rows.shuffle(seed=0, buffer_size=STREAM_BUFFER_ROWS)
+        return rows if limit is None else rows.take(limit)
+    return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=0).select(range(limit))

@@ -1,0 +1,60 @@
+"""Laws of a whole run on texts: from a YAML file to a compressed model that a fresh load evaluates alike."""
+
+import json
+
+import pytest
+import run_text_classification
+import yaml
+from runs import COST_KEYS
+
+from hf_geta.report import load_report
+
+LENGTHS = (3, 9, 6, 12)  # of different lengths, so that batches are padded
+TEXTS = [{"sentence": " ".join([word] * n), "label": int(word == "good")} for word in ("good", "bad") for n in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, text_run):
+    folder = tmp_path_factory.mktemp("run")
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TEXTS * 4))
+    (folder / "config.yaml").write_text(yaml.safe_dump(text_run | {"data_dir": str(folder)}))
+    return folder
+
+
+def run(folder, name, *flags):
+    arguments = ["--config", str(folder / "config.yaml"), "--output_dir", str(folder / name)]
+    return run_text_classification.main([*arguments, *flags])
+
+
+@pytest.fixture(scope="module")
+def compressed(folder):
+    """Trained on a stream, evaluated on the way."""
+    return run(folder, "compressed", "--streaming", "true", "--eval_strategy", "steps", "--eval_steps", "12")
+
+
+def test_a_compressed_classifier_of_texts_is_what_was_asked_for(compressed, folder):
+    assert tuple(compressed) == ("accuracy", *COST_KEYS)
+    assert compressed["accuracy"] > 0.9  # one word decides; a coin gets half
+    assert compressed["group_sparsity"] == pytest.approx(0.5)
+    assert 4 <= compressed["mean_weight_bits"] <= 8
+    assert f"{compressed['accuracy']:.2%}" in (folder / "compressed" / "README.md").read_text()
+
+
+def test_a_loaded_classifier_is_measured_like_the_one_that_was_saved(compressed, folder):
+    loaded = run(folder, "loaded", "--do_train", "false", "--model_name_or_path", str(folder / "compressed"))
+    assert loaded | {"latency_ms": 0} == compressed | {"latency_ms": 0}
+    assert load_report(folder / "compressed")["compressed"]["accuracy"] == loaded["accuracy"]
+
+
+def test_the_dense_twin_of_texts_is_dense(folder):
+    dense = run(folder, "dense", "--compress", "false", "--max_steps", "1")
+    assert (dense["relative_bops"], dense["group_sparsity"], dense["mean_weight_bits"]) == (1.0, 0.0, 32)
+
+
+def test_evaluation_of_texts_without_a_model_is_refused_before_data_is_read(folder):
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | {"do_train": False, "data_dir": "nowhere"}
+    del config["model_name_or_path"]
+    (folder / "nameless.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="write model_name_or_path"):
+        run_text_classification.main(["--config", str(folder / "nameless.yaml")])

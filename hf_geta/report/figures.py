@@ -8,7 +8,9 @@ from typing import Any
 # Key of the report -> (label, format), in the table's order.
 METRICS: dict[str, tuple[str, str]] = {
     "accuracy": ("Accuracy", "{:.2%}"),
+    "exact_match": ("Exact match", "{:.2f}"),
     "f1": ("F1", "{:.2f}"),
+    "rouge_l": ("ROUGE-L", "{:.2f}"),
     "perplexity": ("Perplexity", "{:.3f}"),
     "loss": ("Loss", "{:.4f}"),
     "parameters": ("Parameters", "{:,}"),
@@ -21,7 +23,7 @@ METRICS: dict[str, tuple[str, str]] = {
 }
 DENSE = {"group_sparsity": 0.0, "mean_weight_bits": 32, "mean_activation_bits": 32, "relative_bops": 1.0}
 # Those that say how good a model is: measured on data, by names that the Hub knows.
-QUALITY = ("accuracy", "f1", "perplexity")
+QUALITY = ("accuracy", "exact_match", "f1", "rouge_l", "perplexity")
 
 
 def figure_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:

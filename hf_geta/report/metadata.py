@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from hf_geta.report.cost import FLOAT_BITS
 from hf_geta.report.figures import METRICS, QUALITY
@@ -35,6 +36,8 @@ MODEL_INDEX = "model-index"
 
 def task_of(architecture: str) -> tuple[str, str | None]:
     """(auto class, pipeline tag) of a model's class name; ("AutoModel", None) for a model without a task head."""
+    if architecture in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():  # they share no ending of their own
+        return "AutoModelForSeq2SeqLM", None
     for ending, task in TASKS.items():
         if architecture.endswith(ending):
             return task

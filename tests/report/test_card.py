@@ -103,6 +103,23 @@ def test_a_local_path_never_enters_the_card(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("architecture", "auto_class"),
+    [
+        ("BertForQuestionAnswering", "AutoModelForQuestionAnswering"),
+        ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("MarianMTModel", "AutoModelForSeq2SeqLM"),
+        ("LlavaForConditionalGeneration", "AutoModel"),  # the same ending, another task
+    ],
+)
+def test_a_card_loads_the_model_with_its_head(architecture, auto_class):
+    scores = {"exact_match": 76.5, "f1": 85.25}
+    text = render_card(REPORT | {"architecture": architecture, "compressed": scores})
+    assert f"model = {auto_class}.from_pretrained" in text
+    assert ModelCard(text).data.metrics == ["exact_match", "f1"]
+    assert re.search(r"Exact match .* 76\.50 ", text)
+
+
+@pytest.mark.parametrize(
     ("sparsity", "bits", "tags"), [(0.0, 4.0, ["geta", "quantized"]), (0.5, 32.0, ["geta", "pruned"])]
 )
 def test_tags_say_only_what_was_done(sparsity, bits, tags):

@@ -3,14 +3,25 @@
 from pathlib import Path
 
 import pytest
+import runs
 from image_models import ModelArguments
 from images import DataArguments
+from questions import QuestionArguments
 from run_arguments import parse_run
+from run_seq2seq import PairArguments
+from texts import TextArguments
 from transformers import TrainingArguments
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[2] / "configs").glob("*.yaml") if "-wikitext-" not in path.stem
 )
+# Task, the second word of a config's name -> the program's own arguments; images for any other.
+TASKS = {
+    "sentiment": TextArguments,
+    "boolq": TextArguments,
+    "squad": QuestionArguments,
+    "cnn_dailymail": PairArguments,
+}
 TYPES = (ModelArguments, DataArguments, TrainingArguments)
 FILE = """
 model_type: vit
@@ -89,7 +100,9 @@ def test_an_unknown_flag_is_refused_even_if_it_begins_a_known_one(config, flag):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_a_complete_run(path):
-    model, data, training, geta = parse_run(TYPES, ["--config", str(path), "--use_cpu", "true"])  # bf16 anywhere
+    task = TASKS.get(path.stem.split("-")[1])
+    types = TYPES if task is None else (runs.ModelArguments, task, TrainingArguments)
+    model, data, training, geta = parse_run(types, ["--config", str(path), "--use_cpu", "true"])  # bf16 anywhere
     assert training.do_train
     assert training.output_dir == f"outputs/{path.stem}"
     if geta.has_budget:

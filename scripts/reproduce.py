@@ -34,10 +34,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import transformers
 from tables import markdown, picture
-from tables.data import prepare_images
 from tables.plan import Plan, Run, load_plan, table_names
 from tables.run import Folders, execute, finished
-from tables.summary import summarize
+from tables.summary import score_of, summarize
+from tables.tasks import load_task
 
 import hf_geta
 
@@ -63,14 +63,15 @@ def run_table(plan: Plan, folders: Folders, workers: int, command: Sequence[str]
     missing = [run for run in plan.runs if run.name not in done]
     print(f"{len(plan.runs)} runs, {len(done)} of them finished before.", flush=True)
     for settings in {run.settings["experiment"]: run.settings for run in missing}.values():
-        path = folders.images(settings["experiment"], plan.quick)
-        prepare_images(settings["data"], settings["model"], folders.data_dir, path)
+        load_task(
+            settings, folders.data_dir, folders.prepared(settings["experiment"], plan.quick)
+        )  # once, for all runs
     failed: dict[str, str] = {}
     for name, outcome in _outcomes(missing, plan, folders, workers):
         if isinstance(outcome, dict):
             done[name] = outcome
             figures = outcome["figures"]
-            text = f"{figures['accuracy']:.2%}, {figures['relative_bops']:.2%} BOPs, {figures['seconds']:.0f} s"
+            text = f"{score_of(figures)[1]:.2%}, {figures['relative_bops']:.2%} BOPs, {figures['seconds']:.0f} s"
         else:
             failed[name] = text = outcome
         print(f"{len(done) + len(failed)}/{len(plan.runs)} {name}: {text}", flush=True)
@@ -106,8 +107,8 @@ def _outcomes(
                     del waiting[name]
                     yield name, "a run that it needs did not finish."
                 elif not (set(run.needs) & (set(waiting) | set(running.values()))):
-                    images = folders.images(run.settings["experiment"], plan.quick)
-                    running[pool.submit(execute, run, folders, images)] = name
+                    prepared = folders.prepared(run.settings["experiment"], plan.quick)
+                    running[pool.submit(execute, run, folders, prepared)] = name
                     del waiting[name]
             ready, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in ready:
@@ -120,6 +121,7 @@ def _outcomes(
 
 
 def _pool(workers: int) -> concurrent.futures.Executor:
+    os.environ["TQDM_DISABLE"] = "1"  # for the workers, whose bars would run over each other
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker)
 

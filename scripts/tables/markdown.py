@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tables.plan import budget_label
-from tables.summary import ranking, within_points
+from tables.summary import SCORES, ranking, within_points
 
-COLUMNS = (
-    "method",
-    "budget",
-    "accuracy (%)",
+COLUMNS = (  # after the scores
     "to dense (points)",
     "relative BOPs",
     "bytes",
@@ -33,11 +30,12 @@ def render(results: Mapping[str, Any]) -> str:
         mine = [row for row in rows if row["experiment"] == experiment]
         sections.append(f"## {labels.get(experiment, experiment)}")
         sections.append(_extent([run for run in results["runs"] if run["experiment"] == experiment]))
-        sections.append(table(COLUMNS, [_cells(row, labels) for row in mine]))
+        scores = (f"{SCORES[mine[0]['metric']]} (%)", *["exact match (%)"] * ("exact_match" in mine[0]))
+        sections.append(table(("method", "budget", *scores, *COLUMNS), [_cells(row, labels) for row in mine]))
     sections += _answers(results)
     if failed := results["failed"]:
         sections.append("## Not finished\n\n" + "\n".join(f"- `{name}`: {why}" for name, why in failed.items()))
-    sections.append("![Accuracy against relative BOPs](results.png)")
+    sections.append("![Scores against relative BOPs](results.png)")
     return "\n\n".join(sections) + "\n"
 
 
@@ -58,7 +56,8 @@ def _cells(row: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
     return [
         labels.get(row["method"], row["method"]),
         budget_text(row["budget"]),
-        _mean(100 * row["accuracy"], row["accuracy_spread"], "{:.2f}"),
+        _mean(100 * row["score"], row["score_spread"], "{:.2f}"),
+        *[f"{100 * row.get('exact_match', 0):.2f}"] * ("exact_match" in row),
         MISSING
         if row["budget"] is None or row["difference"] is None
         else _mean(100 * row["difference"], row["difference_spread"], "{:+.2f}"),
@@ -102,12 +101,13 @@ def _circumstances(results: Mapping[str, Any]) -> str:
 
 
 def _extent(runs: Sequence[Mapping[str, Any]]) -> str:
-    """How many images, steps and seeds."""
+    """How many images or texts, steps and seeds."""
     first = runs[0]["figures"]
-    train, evaluation, steps = (f"{first[key]:,}" for key in ("train_images", "eval_images", "steps"))
+    examples = next(key.removeprefix("train_") for key in first if key.startswith("train_"))
+    train, evaluation, steps = (f"{first[key]:,}" for key in (f"train_{examples}", f"eval_{examples}", "steps"))
     seeds = len({run["seed"] for run in runs})
     return (
-        f"{train} training images, {evaluation} evaluation images, {steps} steps of batch "
+        f"{train} training {examples}, {evaluation} evaluation {examples}, {steps} steps of batch "
         f"{first['batch_size']}, {seeds} seed{'s' * (seeds > 1)}."
     )
 

@@ -1,4 +1,4 @@
-"""results.json -> results.png and results.svg: accuracy against relative BOPs, one curve for each method."""
+"""results.json -> results.png and results.svg: accuracy (or F1) against relative BOPs, one curve for each method."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from tables.summary import SCORES
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; yellow, too pale for lines, is left out.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -34,7 +36,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
         mine = [row for row in rows if row["experiment"] == experiment]
         _draw_panel(panel, mine, methods, labels)
         panel.set_title(labels.get(experiment, experiment), fontsize=11)
-    panels[0][0].set_ylabel("accuracy (%)")
+        panel.set_ylabel(f"{SCORES[mine[0]['metric']]} (%)")
     found = {label: handle for panel in panels[0] for handle, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(
         found.values(),
@@ -53,17 +55,17 @@ def _draw_panel(
 ) -> None:
     for row in rows:
         if row["budget"] is None:
-            accuracy, spread = 100 * row["accuracy"], 100 * (row["accuracy_spread"] or 0)
-            panel.axhline(accuracy, color=GREY, linestyle="--", linewidth=1.2, label=labels.get(row["method"], "dense"))
-            panel.axhspan(accuracy - spread, accuracy + spread, color=GREY, alpha=0.12, linewidth=0)
+            score, spread = 100 * row["score"], 100 * (row["score_spread"] or 0)
+            panel.axhline(score, color=GREY, linestyle="--", linewidth=1.2, label=labels.get(row["method"], "dense"))
+            panel.axhspan(score - spread, score + spread, color=GREY, alpha=0.12, linewidth=0)
     for number, method in enumerate(methods):
         mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["relative_bops"])
         if not mine:
             continue
-        spreads = [row["accuracy_spread"] for row in mine]
+        spreads = [row["score_spread"] for row in mine]
         panel.errorbar(
             [100 * row["relative_bops"] for row in mine],
-            [100 * row["accuracy"] for row in mine],
+            [100 * row["score"] for row in mine],
             yerr=None if None in spreads else [100 * spread for spread in spreads],
             color=COLORS[number % len(COLORS)],
             marker=MARKERS[number % len(MARKERS)],

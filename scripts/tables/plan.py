@@ -1,6 +1,7 @@
 """A table's YAML file -> the runs that it takes. A row is data: a method's name and its changes to a GETAConfig.
 
     title:       one line
+    task:        images (the default), texts or questions
     data, model, training, geta:    settings of every run; an experiment may change them
     budgets:     numbers (target_bops) or mappings of GETAConfig fields
     seeds:       how many
@@ -27,7 +28,7 @@ import yaml
 from hf_geta import GETAConfig
 
 TABLES = Path(__file__).resolve().parents[2] / "configs" / "tables"
-EXPERIMENT_KEYS = ("label", "data", "model", "training", "geta", "budgets", "seeds", "methods")
+EXPERIMENT_KEYS = ("label", "task", "data", "model", "training", "geta", "budgets", "seeds", "methods")
 TABLE_KEYS = (*EXPERIMENT_KEYS, "title", "answer", "experiments", "quick")
 METHOD_KEYS = ("label", "compress", "geta", "stages", "budgets", "teacher", "group_sparsity_of")
 
@@ -132,6 +133,7 @@ def _runs(prefix: str, experiment: str, spec: dict[str, Any], seeds: int) -> dic
                     "method": name,
                     "budget": budget,
                     "seed": seed,
+                    **({"task": spec["task"]} if "task" in spec else {}),
                     **{key: spec.get(key, {}) for key in ("data", "model", "training")},
                     "stages": _stages(method, spec, budget),
                     "needs": needs,

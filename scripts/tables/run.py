@@ -16,13 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cifar_resnet  # noqa: F401  registers model_type cifar_resnet
-import cifar_vgg  # noqa: F401  registers model_type cifar_vgg
 import torch
-from image_models import load_model, load_processor
 from runs import head_optimizer, weight_bytes
 from transformers import (
-    AutoModelForImageClassification,
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
@@ -37,12 +33,11 @@ from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
 from hf_geta.report import load_report
 from hf_geta.report.figures import DENSE
-from tables.data import Images, TrainingImages, load_images, model_arguments
 from tables.plan import Run
+from tables.tasks import Task, load_task
 
 LOGS_PER_STAGE = 20
 BITS_TOLERANCE = 1e-3
-EVALUATION_BATCH = 250
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +53,7 @@ class Folders:
     def model(self, name: str) -> Path:
         return self.table / "models" / name
 
-    def images(self, experiment: str, quick: bool) -> Path:
+    def prepared(self, experiment: str, quick: bool) -> Path:
         return self.table / "data" / f"{'quick-' if quick else ''}{experiment}.pt"
 
 
@@ -79,11 +74,11 @@ def library_digest() -> str:
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
-def execute(run: Run, folders: Folders, images_path: Path) -> dict[str, Any]:
+def execute(run: Run, folders: Folders, prepared: Path) -> dict[str, Any]:
     """Train, measure, and write the result as JSON; written beside, then renamed."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        figures = train_and_measure(run, folders, load_images(images_path), Path(temporary))
+        figures = train_and_measure(run, folders, load_task(run.settings, folders.data_dir, prepared), Path(temporary))
         if run.keeps_model:
             shutil.rmtree(folders.model(run.name), ignore_errors=True)
             shutil.copytree(Path(temporary) / "model", folders.model(run.name))
@@ -104,20 +99,19 @@ def execute(run: Run, folders: Folders, images_path: Path) -> dict[str, Any]:
     return result
 
 
-def train_and_measure(run: Run, folders: Folders, images: Images, work: Path) -> dict[str, Any]:
+def train_and_measure(run: Run, folders: Folders, task: Task, work: Path) -> dict[str, Any]:
     """The figures of the run's last model, saved in `work`/model, relative to the model that it began with."""
     settings, folder = run.settings, work / "model"
     set_seed(settings["seed"])
-    arguments = model_arguments(settings["model"], folders.data_dir)
-    model = load_model(arguments, load_processor(arguments, images.example()), images.names)
+    model = task.load_model()
     dense_groups_left, relative_bops, seconds, widths = 1.0, 1.0, 0.0, WidthCheck()
-    stages, steps = settings["stages"], _total_steps(settings["training"], len(images.train))
+    stages, steps = settings["stages"], _total_steps(settings["training"], len(task.train))
     for number, fields in enumerate(stages):
         if number:
-            model = AutoModelForImageClassification.from_pretrained(folder)
+            model = task.auto_class.from_pretrained(folder)
         config = _stage_config(fields, _given_sparsity(settings, folders), relative_bops)
         share = (steps * (number + 1)) // len(stages) - (steps * number) // len(stages)
-        trainer = _trainer(model, config, run, folders, images, share, work)
+        trainer = _trainer(model, config, run, folders, task, share, work)
         widths.trainer = trainer
         trainer.add_callback(widths)
         trainer.remove_callback(PrinterCallback)
@@ -130,9 +124,9 @@ def train_and_measure(run: Run, folders: Folders, images: Images, work: Path) ->
         relative_bops *= report["relative_bops"]
         dense_groups_left *= 1 - report["group_sparsity"]
     device = trainer.args.device
-    small = AutoModelForImageClassification.from_pretrained(folder).to(device).eval()
+    small = task.auto_class.from_pretrained(folder).to(device).eval()
     return {
-        "accuracy": accuracy(small, images),
+        **task.score(small),
         "relative_bops": relative_bops,
         "group_sparsity": 1 - dense_groups_left,
         "mean_weight_bits": report["mean_weight_bits"],
@@ -144,16 +138,16 @@ def train_and_measure(run: Run, folders: Folders, images: Images, work: Path) ->
         "seconds": seconds,
         "steps": steps,
         "batch_size": settings["training"]["per_device_train_batch_size"],
-        "train_images": len(images.train),
-        "eval_images": len(images.evaluation),
+        f"train_{task.examples}": len(task.train),
+        f"eval_{task.examples}": task.evaluation_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 
 
-def _total_steps(training: dict[str, Any], images: int) -> int:
+def _total_steps(training: dict[str, Any], examples: int) -> int:
     if "max_steps" in training:
         return training["max_steps"]
-    return math.ceil(training["num_train_epochs"] * math.ceil(images / training["per_device_train_batch_size"]))
+    return math.ceil(training["num_train_epochs"] * math.ceil(examples / training["per_device_train_batch_size"]))
 
 
 def _given_sparsity(settings: dict[str, Any], folders: Folders) -> float | None:
@@ -192,7 +186,7 @@ def _trainer(
     config: GETAConfig | None,
     run: Run,
     folders: Folders,
-    images: Images,
+    task: Task,
     steps: int,
     work: Path,
 ) -> GETATrainer:
@@ -213,14 +207,13 @@ def _trainer(
     )
     more: dict[str, Any] = {}
     if teacher := settings["needs"].get("teacher"):
-        more["teacher_model"] = AutoModelForImageClassification.from_pretrained(folders.model(teacher))
-    augmentation = {k: settings["data"][k] for k in ("crop_padding", "horizontal_flip") if k in settings["data"]}
+        more["teacher_model"] = task.auto_class.from_pretrained(folders.model(teacher))
     return GETATrainer(
         model=model,
         args=args,
         geta_config=config,
-        train_dataset=TrainingImages(images, **augmentation),
-        data_collator=TrainingImages.collate,
+        train_dataset=task.train,
+        data_collator=task.collator,
         optimizers=(head_optimizer(model, args, settings["model"].get("head_learning_rate")), None),
         **more,
     )
@@ -251,14 +244,3 @@ class WidthCheck(TrainerCallback):
             if quantizer is not None and quantizer.enabled and bounds is not None:
                 self.checked += 1
                 self.outside += not bounds[0] - BITS_TOLERANCE <= quantizer.bits.item() <= bounds[-1] + BITS_TOLERANCE
-
-
-@torch.no_grad()
-def accuracy(model: PreTrainedModel, images: Images) -> float:
-    """Share of the evaluation images that the model gets right."""
-    right = 0
-    split = images.evaluation
-    for pixels, labels in zip(split.pixels.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True):
-        logits = model(pixel_values=images.normalized(pixels).to(model.device)).logits
-        right += int((logits.argmax(-1).cpu() == labels).sum())
-    return right / len(split)

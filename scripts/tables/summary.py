@@ -8,6 +8,7 @@ from typing import Any
 
 from tables.plan import budget_label
 
+SCORES = {"accuracy": "accuracy", "f1": "F1"}  # metric -> its name in a table
 AVERAGED = (
     "relative_bops",
     "group_sparsity",
@@ -23,9 +24,9 @@ def summarize(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per (experiment, method, budget), in the order of the runs.
 
     Returns:
-        rows with `accuracy` and `accuracy_spread` (standard deviation over seeds; None for one seed), `difference` and
-        `difference_spread` to the dense run of the same seed, the means of the other figures, `seconds_ratio` to the
-        dense runs, and `outside` = share of the checked widths that lay outside their bounds; None where unknown.
+        rows with `metric`, `score` and `score_spread` (standard deviation over seeds; None for one seed), `difference`
+        and `difference_spread` to the dense run of the same seed, the means of the other figures, `seconds_ratio` to
+        the dense runs, and `outside` = share of the checked widths that lay outside their bounds; None where unknown.
     """
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     dense: dict[str, dict[int, Mapping[str, Any]]] = {}
@@ -38,24 +39,31 @@ def summarize(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _row(members: Sequence[Mapping[str, Any]], dense: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     figures = [member["figures"] for member in members]
-    accuracy = [values["accuracy"] for values in figures]
+    scores = [score_of(values)[1] for values in figures]
     paired = [(m["figures"], dense[m["seed"]]) for m in members if m["seed"] in dense]
-    difference = [mine["accuracy"] - theirs["accuracy"] for mine, theirs in paired]
+    difference = [score_of(mine)[1] - score_of(theirs)[1] for mine, theirs in paired]
     checked = sum(values["widths_checked"] for values in figures)
     first = members[0]
     return {
         **{key: first[key] for key in ("experiment", "method", "budget")},
         "seeds": len(members),
-        "accuracy": statistics.mean(accuracy),
-        "accuracy_spread": spread(accuracy),
+        "metric": score_of(figures[0])[0],
+        "score": statistics.mean(scores),
+        "score_spread": spread(scores),
         "difference": statistics.mean(difference) if difference else None,
         "difference_spread": spread(difference),
-        **{key: statistics.mean(values[key] for values in figures) for key in AVERAGED},
+        **{key: statistics.mean(v[key] for v in figures) for key in (*AVERAGED, "exact_match") if key in figures[0]},
         "seconds_ratio": statistics.mean(mine["seconds"] / theirs["seconds"] for mine, theirs in paired)
         if paired
         else None,
         "outside": sum(values["widths_outside"] for values in figures) / checked if checked else None,
     }
+
+
+def score_of(figures: Mapping[str, Any]) -> tuple[str, float]:
+    """(metric, share in [0, 1]) that the rows of an experiment are compared by."""
+    metric = next(name for name in SCORES if name in figures)
+    return metric, figures[metric]
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -64,7 +72,7 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def within_points(rows: Iterable[Mapping[str, Any]], points: float) -> list[dict[str, Any]]:
-    """Per experiment and method: the row with the fewest BOPs whose accuracy is at most `points` below dense."""
+    """Per experiment and method: the row with the fewest BOPs whose score is at most `points` below dense."""
     best: dict[tuple[str, str], Mapping[str, Any] | None] = {}
     for row in rows:
         if row["budget"] is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 
@@ -169,12 +170,12 @@ RUNS = [
 def test_mean_and_spread_are_those_of_the_seeds():
     rows = {(row["method"], row["relative_bops"]): row for row in summarize(RUNS)}
     row = rows["a", 0.019]
-    assert row["accuracy"] == pytest.approx(statistics.mean([0.89, 0.91]))
-    assert row["accuracy_spread"] == pytest.approx(statistics.stdev([0.89, 0.91]))
+    assert row["score"] == pytest.approx(statistics.mean([0.89, 0.91]))
+    assert row["score_spread"] == pytest.approx(statistics.stdev([0.89, 0.91]))
     assert row["difference"] == pytest.approx(statistics.mean([0.89 - 0.90, 0.91 - 0.94]))
     assert row["difference_spread"] == pytest.approx(statistics.stdev([-0.01, -0.03]))
     assert row["outside"] == 2 / 8
-    assert summarize(RUNS[:1])[0]["accuracy_spread"] is None  # one seed has no spread
+    assert summarize(RUNS[:1])[0]["score_spread"] is None  # one seed has no spread
 
 
 def test_the_fewest_bops_within_two_points_and_the_ranking():
@@ -270,3 +271,59 @@ def test_rendering_again_gives_the_same_text_and_pictures(smoke, monkeypatch):
     assert "relative BOPs" in (folders.table / "results.svg").read_text()
     assert (folders.table / "results.png").read_bytes().startswith(b"\x89PNG")
     assert len(set(picture.COLORS)) == len(picture.COLORS) == len(set(picture.MARKERS))
+
+
+# -- tasks of text ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text_table(tmp_path_factory, encoder_folder):
+    """Results of a table of few steps with a classifier and a model that marks answers."""
+    folder = tmp_path_factory.mktemp("text")
+    shutil.copytree(encoder_folder, folder / "data" / "encoder")
+    rows = {
+        "words": [{"text": " ".join([word] * n), "label": word} for word in ("good", "bad") for n in (2, 5)],
+        "answers": [
+            {"id": str(i), "question": "where ?", "context": f"{'b ' * i}good", "answers": answer("good", 2 * i)}
+            for i in range(4)
+        ],
+    }
+    for name, lines in rows.items():
+        (folder / "data" / name).mkdir()
+        for split in ("train", "validation"):
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (folder / "data" / name / f"{split}.jsonl").write_text(text)
+    windows = {"max_length": 16, "max_question_length": 4, "doc_stride": 2}
+    experiments = {
+        "words": {"task": "texts", "data": {"folder": "words", "hub": "none"}},
+        "answers": {"task": "questions", "data": {"folder": "answers", "hub": "none", **windows}},
+    }
+    values = {key: SMOKE[key] for key in ("title", "geta", "budgets", "methods")}
+    values |= {
+        "training": SMOKE["training"] | {"per_device_train_batch_size": 2},
+        "model": {"pretrained": {"folder": "encoder", "hub": "none"}, "head_learning_rate": 1e-2},
+        "experiments": experiments,
+        "methods": {"dense": {"compress": False}, "geta": {}},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce, "_pool", ThreadPoolExecutor)  # a process would import everything once more
+        results = reproduce.run_table(
+            plan_of(folder, values), Folders(folder / "text", str(folder / "data")), workers=1
+        )
+    return markdown.render(results), results
+
+
+def answer(text, start):
+    return {"text": [text], "answer_start": [start]}
+
+
+def test_texts_and_questions_have_rows_of_their_own_scores(text_table):
+    text, results = text_table
+    assert results["failed"] == {}
+    found = [(row["experiment"], row["method"], row["metric"]) for row in results["summary"]]
+    assert found == [(e, m, s) for e, s in (("answers", "f1"), ("words", "accuracy")) for m in ("dense", "geta")]
+    assert all(0 <= row["score"] <= 1 for row in results["summary"])
+    assert [row["group_sparsity"] for row in results["summary"]] == pytest.approx([0, 0.3, 0, 0.3], abs=0.02)
+    assert "4 training texts, 4 evaluation texts, 14 steps of batch 2, 1 seed." in text
+    for column in ("accuracy (%)", "F1 (%)", "exact match (%)"):
+        assert column in text

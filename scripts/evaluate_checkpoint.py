@@ -12,43 +12,85 @@ from __future__ import annotations
 
 import argparse
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from classification import evaluate_accuracy
 from images import DataArguments, ImageDataset, load_splits
+from questions import QuestionArguments, load_questions, windows_of
+from run_question_answering import evaluate_answers
+from run_seq2seq import PairArguments, evaluate_texts, tokenize_pairs
+from splits import load_text_rows
+from texts import TextArguments, load_texts
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+)
+from transformers.hf_argparser import string_to_bool
 
 import hf_geta  # noqa: F401  registers the compressed format
 from hf_geta.report.figures import METRICS
 from hf_geta.report.folder import clean, figures_of, mapping_of, number, read_report
 
-DATA_FIELDS = {
-    "data_dir": str,
-    "dataset_name": str,
-    "dataset_config_name": str,
-    "image_column": str,
-    "label_column": str,
-    "max_eval_samples": int,
-}
 
-
-def evaluate_image_classification(folder: str, data: Mapping[str, Any], batch_size: int) -> tuple[str, float]:
-    """(metric, value) of the image classifier in `folder`."""
-    _, images = load_splits(DataArguments(**data))
-    model = AutoModelForImageClassification.from_pretrained(folder).eval()
-    if len(images.names) != model.config.num_labels:
-        raise ValueError(f"the data has {len(images.names)} classes, the model {model.config.num_labels}.")
+def evaluate_image_classification(folder: str, data: DataArguments, batch_size: int) -> dict[str, float]:
+    """The scores of the image classifier in `folder`."""
+    _, images = load_splits(data)
+    model = _classifier(AutoModelForImageClassification, folder, images.names)
     dataset = ImageDataset(images, AutoImageProcessor.from_pretrained(folder))
-    return "accuracy", evaluate_accuracy(model, DataLoader(dataset, batch_size))["accuracy"]
+    return evaluate_accuracy(model, DataLoader(dataset, batch_size))
 
 
-# One function for each task; the report says which is its own.
-TASKS: dict[str, Callable[[str, Mapping[str, Any], int], tuple[str, float]]] = {
-    "image-classification": evaluate_image_classification,
+def evaluate_text_classification(folder: str, data: TextArguments, batch_size: int) -> dict[str, float]:
+    """The scores of the classifier of texts in `folder`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = load_texts(data).tokenized(tokenizer, data.max_length)
+    model = _classifier(AutoModelForSequenceClassification, folder, texts.names)
+    collator = DataCollatorWithPadding(tokenizer)
+    return evaluate_accuracy(model, DataLoader(texts.evaluation, batch_size, collate_fn=collator))
+
+
+def evaluate_question_answering(folder: str, data: QuestionArguments, batch_size: int) -> dict[str, float]:
+    """The scores of the model in `folder`, which marks answers."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    _, examples = load_questions(data)
+    windows, collator = windows_of(examples, tokenizer, data), DataCollatorWithPadding(tokenizer)
+    model = AutoModelForQuestionAnswering.from_pretrained(folder).eval()
+    return evaluate_answers(model, windows, examples, collator, data, batch_size)[0]
+
+
+def evaluate_text_to_text(folder: str, data: PairArguments, batch_size: int) -> dict[str, float]:
+    """The scores of the model in `folder`, which writes texts."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    _, rows = load_text_rows(data)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    return evaluate_texts(model, tokenizer, tokenize_pairs(rows, tokenizer, data), rows, data, batch_size)[0]
+
+
+def _classifier(auto_class: Any, folder: str, names: Sequence[str]) -> PreTrainedModel:
+    model = auto_class.from_pretrained(folder).eval()
+    if len(names) != model.config.num_labels:
+        raise ValueError(f"the data has {len(names)} classes, the model {model.config.num_labels}.")
+    return model
+
+
+# Task -> (its data, their evaluation, the metric that is compared); the report says which task is its own.
+TASKS: dict[str, tuple[Any, Callable[[str, Any, int], dict[str, float]], str]] = {
+    "image-classification": (DataArguments, evaluate_image_classification, "accuracy"),
+    "text-classification": (TextArguments, evaluate_text_classification, "accuracy"),
+    "question-answering": (QuestionArguments, evaluate_question_answering, "f1"),
+    "text-to-text": (PairArguments, evaluate_text_to_text, "rouge_l"),
 }
+PERCENT = ("f1", "rouge_l")  # metrics that are no shares
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,37 +102,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = options.task or claimed.get("task") or "image-classification"
     if task not in TASKS:
         raise ValueError(f"--task {clean(str(task))} is not known here; known are {', '.join(TASKS)}.")
-    metric, value = TASKS[task](options.folder, _data(options, claimed), options.batch_size)
+    data_class, measure, metric = TASKS[task]
+    value = measure(options.folder, _data(data_class, options, claimed), options.batch_size)[metric]
     label, form = METRICS[metric]
     print(f"measured: {label} {form.format(value)}")
     claim = figures_of(report, "compressed").get(metric)
     if claim is None:
         print("claimed: nothing")
         return 0
-    holds = abs(value - claim) <= options.tolerance
+    holds = abs(value - claim) <= options.tolerance * (100 if metric in PERCENT else 1)
     print(f"claimed:  {label} {form.format(claim)}; {'it holds' if holds else 'IT DOES NOT HOLD'}")
     return 0 if holds else 1
 
 
-def _data(options: argparse.Namespace, claimed: Mapping[str, Any]) -> dict[str, Any]:
+def _data(data_class: Any, options: argparse.Namespace, claimed: Mapping[str, Any]) -> Any:
     """The flags that were given, over what the report says; checked, for a report may come from anyone."""
     data = {}
-    for name, kind in DATA_FIELDS.items():
+    for name, kind in _kinds(data_class).items():
         value = getattr(options, name)
         if value is None and name != "data_dir" and (value := claimed.get(name)) is not None:
-            value = kind(number(name, value) if kind is int else value)
-        data[name] = value
-    return data
+            value = _checked(name, value, kind)
+        if value is not None:
+            data[name] = value
+    return data_class(**data)
+
+
+def _kinds(data_class: Any) -> dict[str, Any]:
+    """Field -> str, int, float, bool or list, for those that decide what is evaluated."""
+    hints = typing.get_type_hints(data_class)
+    kinds = {}
+    for name in data_class.evaluation_fields():
+        first = next(kind for kind in (*typing.get_args(hints[name]), hints[name]) if kind is not type(None))
+        kinds[name] = list if typing.get_origin(hints[name]) is list else first
+    return kinds
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    if kind in (int, float):
+        return kind(number(name, value))
+    if kind is list:
+        return [str(item) for item in value]
+    return kind(value)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure a saved model, and compare with what its card claims.")
     parser.add_argument("folder", metavar="FOLDER", help="a folder that save_pretrained wrote")
     parser.add_argument("--task", help=f"one of {', '.join(TASKS)} (default: the report's)")
-    for name, kind in DATA_FIELDS.items():
-        parser.add_argument(f"--{name}", type=kind, help="as in run_image_classification.py (default: the report's)")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
-    parser.add_argument("--tolerance", type=float, default=0.005, help="accepted difference (default: 0.005)")
+    for name, kind in {name: kind for task in TASKS.values() for name, kind in _kinds(task[0]).items()}.items():
+        options = {"nargs": "+"} if kind is list else {"type": string_to_bool if kind is bool else kind}
+        parser.add_argument(f"--{name}", **options, help="as in the task's run_*.py (default: the report's)")
+    parser.add_argument("--batch_size", type=int, default=64, help="examples at a time (default: 64)")
+    parser.add_argument("--tolerance", type=float, default=0.005, help="accepted difference, a share (default: 0.005)")
     return parser
 
 

@@ -48,17 +48,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     entry = measure(
         folder, AutoModelForImageClassification, lambda model: evaluate_accuracy(model, batches), example, args
     )
-    write_report(folder, entry, args, claim(data_args, len(eval_dataset)), trainer)
+    claim = data_args.claim("image-classification", "accuracy", len(eval_dataset))
+    write_report(folder, entry, args, claim, trainer)
     return entry
-
-
-def claim(arguments: DataArguments, samples: int) -> dict[str, Any]:
-    """What the report says of its data: a name on the Hub, unless they came from a folder; how to measure again."""
-    on_hub = arguments.data_dir is None
-    fields = ("image_column", "label_column", "max_eval_samples", *(("dataset_name", "dataset_config_name") * on_hub))
-    values = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
-    evaluation = {"task": "image-classification", "metric": "accuracy", "samples": samples, **values}
-    return {"evaluation": evaluation, **({"dataset": arguments.dataset_name} if on_hub else {})}
 
 
 if __name__ == "__main__":

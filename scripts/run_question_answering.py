@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     collator = DataCollatorWithPadding(tokenizer)
     train_rows, examples = load_questions(data_args)
     windows = windows_of(examples, tokenizer, data_args)
+    trainer = None
     if args.do_train:
-        train(
+        trainer = train(
             AutoModelForQuestionAnswering.from_pretrained(model_args.model_name_or_path),
             model_args,
             args,
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     example = collator([windows.remove_columns([*BOOKKEEPING, *LABELS])[0]])
     entry = measure(folder, AutoModelForQuestionAnswering, score, example, args)
-    write_report(folder, entry, args)
+    write_report(folder, entry, args, data_args.claim("question-answering", "f1", len(examples)), trainer)
     (Path(str(args.output_dir)) / "predictions.json").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
     return entry
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import evaluate
 import splits
 import torch
@@ -55,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     train_rows, rows = splits.load_text_rows(data_args)
     encoded = tokenize_pairs(rows, tokenizer, data_args)
+    trainer = None
     if args.do_train:
         model = AutoModelForSeq2SeqLM.from_pretrained(model_args.model_name_or_path)
-        train(
+        trainer = train(
             model,
             model_args,
             args,
@@ -70,16 +72,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     texts: list[str] = []
 
     def score(model: PreTrainedModel) -> dict[str, float]:
-        sources = encoded.remove_columns("labels")
-        batches = DataLoader(sources, args.per_device_eval_batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
-        texts.extend(generate_texts(model, tokenizer, batches, data_args))
-        metric = evaluate.load(str(METRICS / "rouge_l" / "rouge_l.py"))
-        return metric.compute(predictions=texts, references=rows[data_args.target_column])
+        scores, found = evaluate_texts(model, tokenizer, encoded, rows, data_args, args.per_device_eval_batch_size)
+        texts.extend(found)
+        return scores
 
     example = {name: torch.tensor([ids]) for name, ids in encoded[0].items()}
     example["decoder_input_ids"] = example.pop("labels")  # as many as the decoder would read
     entry = measure(folder, AutoModelForSeq2SeqLM, score, example, args)
-    write_report(folder, entry, args)
+    write_report(folder, entry, args, data_args.claim("text-to-text", "rouge_l", len(rows)), trainer)
     (Path(str(args.output_dir)) / "predictions.json").write_text(json.dumps(texts, indent=1) + "\n", encoding="utf-8")
     return entry
 
@@ -97,6 +97,22 @@ def tokenize_pairs(rows: Any, tokenizer: PreTrainedTokenizerBase, arguments: Pai
         return {**encoded, "labels": labels["input_ids"]}
 
     return rows.map(encode, batched=True, remove_columns=rows.column_names)
+
+
+def evaluate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: datasets.Dataset,
+    rows: datasets.Dataset,
+    arguments: PairArguments,
+    batch_size: int,
+) -> tuple[dict[str, float], list[str]]:
+    """(rouge_l in percent, the generated texts) of a model in eval mode."""
+    collator = DataCollatorWithPadding(tokenizer)
+    batches = DataLoader(encoded.remove_columns("labels"), batch_size, collate_fn=collator)
+    texts = generate_texts(model, tokenizer, batches, arguments)
+    metric = evaluate.load(str(METRICS / "rouge_l" / "rouge_l.py"))
+    return metric.compute(predictions=texts, references=rows[arguments.target_column]), texts
 
 
 @torch.no_grad()

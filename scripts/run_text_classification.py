@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     texts = load_texts(data_args).tokenized(tokenizer, data_args.max_length)
     collator = DataCollatorWithPadding(tokenizer)
+    trainer = None
     if args.do_train:
-        train(
+        trainer = train(
             load_classifier(str(model_args.model_name_or_path), texts.names),
             model_args,
             args,
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     entry = measure(
         folder, AutoModelForSequenceClassification, lambda model: evaluate_accuracy(model, batches), example, args
     )
-    write_report(folder, entry, args)
+    claim = data_args.claim("text-classification", "accuracy", len(texts.evaluation))
+    write_report(folder, entry, args, claim, trainer)
     return entry
 
 

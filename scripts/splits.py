@@ -13,6 +13,7 @@ BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "c
 # Data sets call the second split one or the other; a test split of texts is often without labels.
 IMAGE_EVAL_SPLITS = ("test", "validation", "valid", "val")
 TEXT_EVAL_SPLITS = ("validation", "validation_matched", "valid", "val", "test")
+TRAINING_FIELDS = ("max_train_samples", "crop_padding", "horizontal_flip", "streaming")  # evaluation needs none of them
 STREAM_BUFFER_ROWS = 10_000  # rows of a stream that are shuffled among each other
 
 
@@ -37,6 +38,22 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.data_dir is None:
             raise ValueError("write dataset_name (a data set on the Hub) or data_dir (a folder).")
+
+    @classmethod
+    def evaluation_fields(cls) -> dict[str, dataclasses.Field]:
+        """The fields that decide what is evaluated, by name."""
+        return {field.name: field for field in dataclasses.fields(cls) if field.name not in TRAINING_FIELDS}
+
+    def claim(self, task: str, metric: str, samples: int) -> dict[str, Any]:
+        """What a report says of these data: a name on the Hub, unless they came from a folder; how to measure again."""
+        on_hub = self.data_dir is None
+        hidden = ("data_dir",) if on_hub else ("data_dir", "dataset_name", "dataset_config_name")
+        evaluation = {"task": task, "metric": metric, "samples": samples}
+        for name, field in self.evaluation_fields().items():
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if name not in hidden and (value := getattr(self, name)) != default:
+                evaluation[name] = value
+        return {"evaluation": evaluation, **({"dataset": self.dataset_name} if on_hub else {})}
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
 import json
 
+import evaluate_checkpoint
 import pytest
 import run_question_answering
 import yaml
@@ -57,3 +58,4 @@ def test_loaded_answers_are_the_saved_ones(compressed, folder):
     first, second = (json.loads((folder / name / "predictions.json").read_text()) for name in ("compressed", "loaded"))
     assert first == second
     assert set(first) == {str(i) for i in range(12)}
+    assert evaluate_checkpoint.main([str(folder / "compressed"), "--data_dir", str(folder)]) == 0

@@ -3,6 +3,7 @@
 import json
 
 import evaluate
+import evaluate_checkpoint
 import pytest
 import run_seq2seq
 import torch
@@ -58,6 +59,7 @@ def test_loaded_texts_are_the_saved_ones(compressed, folder):
     first, second = (json.loads((folder / name / "predictions.json").read_text()) for name in ("compressed", "loaded"))
     assert first == second
     assert load_report(folder / "compressed")["compressed"]["rouge_l"] == loaded["rouge_l"]
+    assert evaluate_checkpoint.main([str(folder / "compressed"), "--data_dir", str(folder)]) == 0
 
 
 @pytest.mark.parametrize(

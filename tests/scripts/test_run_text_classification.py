@@ -2,6 +2,7 @@
 
 import json
 
+import evaluate_checkpoint
 import pytest
 import run_text_classification
 import yaml
@@ -10,6 +11,7 @@ from runs import COST_KEYS
 from hf_geta.report import load_report
 
 LENGTHS = (3, 9, 6, 12)  # of different lengths, so that batches are padded
+CLAIM = {"task": "text-classification", "metric": "accuracy", "samples": 32, "max_length": 16}
 TEXTS = [{"sentence": " ".join([word] * n), "label": int(word == "good")} for word in ("good", "bad") for n in LENGTHS]
 
 
@@ -44,7 +46,10 @@ def test_a_compressed_classifier_of_texts_is_what_was_asked_for(compressed, fold
 def test_a_loaded_classifier_is_measured_like_the_one_that_was_saved(compressed, folder):
     loaded = run(folder, "loaded", "--do_train", "false", "--model_name_or_path", str(folder / "compressed"))
     assert loaded | {"latency_ms": 0} == compressed | {"latency_ms": 0}
-    assert load_report(folder / "compressed")["compressed"]["accuracy"] == loaded["accuracy"]
+    report = load_report(folder / "compressed")
+    assert report["compressed"]["accuracy"] == loaded["accuracy"]
+    assert report["evaluation"] == CLAIM
+    assert evaluate_checkpoint.main([str(folder / "compressed"), "--data_dir", str(folder)]) == 0
 
 
 def test_the_dense_twin_of_texts_is_dense(folder):

@@ -19,7 +19,7 @@ from typing import Any
 
 from classification import evaluate_accuracy
 from images import DataArguments, ImageDataset, load_splits
-from questions import QuestionArguments, load_questions, windows_of
+from questions import QuestionArguments, load_questions, load_tokenizer, windows_of
 from run_question_answering import evaluate_answers
 from run_seq2seq import PairArguments, evaluate_texts, tokenize_pairs
 from splits import load_text_rows
@@ -61,7 +61,7 @@ def evaluate_text_classification(folder: str, data: TextArguments, batch_size: i
 
 def evaluate_question_answering(folder: str, data: QuestionArguments, batch_size: int) -> dict[str, float]:
     """The scores of the model in `folder`, which marks answers."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     _, examples = load_questions(data)
     windows, collator = windows_of(examples, tokenizer, data), DataCollatorWithPadding(tokenizer)
     model = AutoModelForQuestionAnswering.from_pretrained(folder).eval()

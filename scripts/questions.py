@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 import splits
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 OUTSIDE = -1  # offset of a token that is not of the context
 BOOKKEEPING = ("example", "offset_start", "offset_end")  # columns of windows that no model takes
@@ -40,6 +40,11 @@ class QuestionArguments(splits.DataArguments):
         default=0.0,
         metadata={"help": "No answer is given where its score exceeds the best answer's by more than this."},
     )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding to the right: answers are counted from the left."""
+    return AutoTokenizer.from_pretrained(name, padding_side="right")
 
 
 def load_questions(arguments: QuestionArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -81,11 +86,10 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase,
     arguments: QuestionArguments,
 ) -> dict[str, Any]:
-    first = tokenizer.padding_side == "right"  # the question comes first
-    questions = _cut(batch["question"], tokenizer, arguments.max_question_length)
     encoded = tokenizer(
-        *((questions, batch["context"]) if first else (batch["context"], questions)),
-        truncation="only_second" if first else "only_first",
+        _cut(batch["question"], tokenizer, arguments.max_question_length),
+        batch["context"],
+        truncation="only_second",
         max_length=arguments.max_length,
         stride=arguments.doc_stride,
         return_overflowing_tokens=True,
@@ -95,7 +99,7 @@ def _windows(
     columns: dict[str, list[Any]] = {name: list(values) for name, values in encoded.items()}
     columns |= {name: [] for name in (*BOOKKEEPING, "start_positions", "end_positions")}
     for window, (sample, pairs) in enumerate(zip(samples, offsets)):
-        in_context = [which == (1 if first else 0) for which in encoded.sequence_ids(window)]
+        in_context = [which == 1 for which in encoded.sequence_ids(window)]
         starts, ends = (
             [pair[side] if inside else OUTSIDE for pair, inside in zip(pairs, in_context)] for side in (0, 1)
         )

@@ -18,14 +18,13 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from questions import BOOKKEEPING, QuestionArguments, load_questions, ranked_answers, windows_of
+from questions import BOOKKEEPING, QuestionArguments, load_questions, load_tokenizer, ranked_answers, windows_of
 from run_arguments import parse_run
 from runs import ModelArguments, measure, train, trained_folder, write_report
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForQuestionAnswering,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
     TrainingArguments,
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args, geta_config = parse_run((ModelArguments, QuestionArguments, TrainingArguments), argv)
     folder = trained_folder(model_args, args)
     set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(str(model_args.model_name_or_path))
     collator = DataCollatorWithPadding(tokenizer)
     train_rows, examples = load_questions(data_args)
     windows = windows_of(examples, tokenizer, data_args)

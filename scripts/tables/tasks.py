@@ -11,7 +11,7 @@ import cifar_resnet  # noqa: F401  registers model_type cifar_resnet
 import cifar_vgg  # noqa: F401  registers model_type cifar_vgg
 from classification import evaluate_accuracy
 from image_models import load_model, load_processor
-from questions import BOOKKEEPING, QuestionArguments, load_questions, windows_of
+from questions import BOOKKEEPING, QuestionArguments, load_questions, load_tokenizer, windows_of
 from run_question_answering import evaluate_answers
 from run_text_classification import load_classifier
 from texts import TextArguments, load_texts
@@ -96,7 +96,7 @@ def _texts(settings: Mapping[str, Any], data_dir: str | None, prepared: Path) ->
 
 def _questions(settings: Mapping[str, Any], data_dir: str | None, prepared: Path) -> Task:
     name, arguments = _pretrained(settings, data_dir), QuestionArguments(**_data(settings, data_dir))
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(name)
     train, examples = load_questions(arguments)
     windows, collator = windows_of(examples, tokenizer, arguments), DataCollatorWithPadding(tokenizer)
 

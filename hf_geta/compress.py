@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from hf_geta import __version__
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.pack import pack_model_
-from hf_geta.config import GETAConfig
+from hf_geta.config import WIDTHS, GETAConfig
 from hf_geta.graph.build import build_qadg
 from hf_geta.graph.layerwise import layerwise
 from hf_geta.graph.qadg import QADG, Axis
@@ -258,41 +258,38 @@ def measure_compression(model: nn.Module, finalized: bool = False) -> Cost:
         ValueError: if `model` is not prepared.
     """
     config, qadg = preparation_of(model).config, preparation_of(model).qadg
-    return cost_at(
-        model,
-        qadg.zero_groups(model),
-        lambda quantizer, name: _bits(quantizer, config.allowed_bits(name) if finalized else None),
-    )
+    allowed = {name: config.allowed_bits(name) if finalized else None for name in WIDTHS}
+    return cost_at(model, qadg.zero_groups(model), lambda quantizer: _bits(quantizer, allowed))
 
 
-def cost_at(model: nn.Module, removed: Mapping[str, Sequence[int]], bits_of: Callable[[Quantizer, str], float]) -> Cost:
+def cost_at(model: nn.Module, removed: Mapping[str, Sequence[int]], bits_of: Callable[[Quantizer], float]) -> Cost:
     """What a prepared model costs without the groups in `removed` (axis name -> indices).
 
     Args:
-        bits_of: width of a quantizer, of "weight_bits" or of "activation_bits".
+        bits_of: width of a quantizer.
     """
     qadg = preparation_of(model).qadg
     dense = {name: p.numel() for name, p in _prunable_parameters(model, remove_duplicate=True).items()}
     measured = {operation.weight for operation in qadg.operations}
     weight_bits, input_bits = {}, {}
     for name, layer in quantized_layers(model).items():
-        weight_bits[f"{name}.weight"] = bits_of(layer.weight_quantizer, "weight_bits")
+        weight_bits[f"{name}.weight"] = bits_of(layer.weight_quantizer)
         if layer.input_quantizer is not None and layer.input_quantizer.enabled:
-            input_bits[f"{name}.weight"] = bits_of(layer.input_quantizer, "activation_bits")
+            input_bits[f"{name}.weight"] = bits_of(layer.input_quantizer)
     return measure_cost(
         qadg.operations,
         dense,
         _kept_numel(model, qadg, removed, dense),
-        {name: bits for name, bits in weight_bits.items() if name in measured},
+        {name: bits for name, bits in weight_bits.items() if name in dense},
         {name: bits for name, bits in input_bits.items() if name in measured},
         {axis.name: axis.size for axis in qadg.axes},
         {axis.name: axis.size - len(removed.get(axis.name, ())) for axis in qadg.axes},
     )
 
 
-def _bits(quantizer: Quantizer, allowed: Sequence[int] | None) -> float:
+def _bits(quantizer: Quantizer, allowed: Mapping[str, Sequence[int] | None]) -> float:
     """The width; with a set, the one that `_round_widths_` makes of it."""
-    return round(float(nearest_allowed(quantizer.bits, allowed)), 4)
+    return round(float(nearest_allowed(quantizer.bits, allowed[quantizer.widths])), 4)
 
 
 def _kept_numel(
@@ -332,13 +329,6 @@ def preparation_of(model: nn.Module) -> Preparation:
     return model.geta  # type: ignore[return-value]
 
 
-def _quantizers(model: nn.Module) -> tuple[dict[str, Quantizer], list[Quantizer]]:
-    """(weight name -> quantizer, input quantizers) of a prepared model."""
-    weights = {f"{name}.weight": layer.weight_quantizer for name, layer in quantized_layers(model).items()}
-    inputs = [layer.input_quantizer for layer in quantized_layers(model).values()]
-    return weights, list({id(q): q for q in inputs if q is not None and q.enabled}.values())
-
-
 def _prunable_parameters(model: nn.Module, remove_duplicate: bool = False) -> dict[str, nn.Parameter]:
     """Every parameter that is not a quantizer's, by each of its names (or by its first)."""
     owned = {id(p) for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
@@ -354,13 +344,10 @@ def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _round_widths_(model: nn.Module, config: GETAConfig) -> None:
-    weights, activations = _quantizers(model)
-    for name, quantizers in (("weight_bits", list(weights.values())), ("activation_bits", activations)):
-        if not quantizers:
-            continue
-        table = WidthTable(list({id(q): q for q in quantizers}.values()))
-        bits = table.bits()
-        final = nearest_allowed(bits, config.allowed_bits(name))
-        if (bits - final).abs().max() > 1e-3:
-            logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
-        table.project_(final, final)
+    table = WidthTable(NumberedQuantizers.of(quantized_layers(model)).quantizers)
+    bits = table.bits()
+    allowed = [config.allowed_bits(quantizer.widths) for quantizer in table.quantizers]
+    final = torch.stack([nearest_allowed(width, widths) for width, widths in zip(bits, allowed, strict=True)])
+    if (bits - final).abs().max() > 1e-3:
+        logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
+    table.project_(final, final)

@@ -14,6 +14,7 @@ from typing import Any
 from hf_geta.config_checks import MAX_BITS, MIN_BITS, check_config, parse_bytes
 
 DEFAULT_GROUP_SPARSITY = 0.5
+WIDTHS = ("weight_bits", "quantize_embeddings", "activation_bits")  # fields that bound widths of quantizers
 OPTIONAL_AXES = ("query_head", "head_dim")  # kinds that are left alone unless they are asked for
 
 
@@ -71,6 +72,13 @@ class GETAConfig:
         metadata={
             "help": "Layers that read the same tensor (q, k and v; gate and up) round it once, with one width and one "
             "scale: needed by programs that run them as one product."
+        },
+    )
+    quantize_embeddings: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Width in bits of the input and output embeddings, one step size per row, however often they are "
+            "tied; none leaves them in float."
         },
     )
     initial_bits: int = dataclasses.field(
@@ -186,8 +194,10 @@ class GETAConfig:
         return None if self.target_size is None else parse_bytes(self.target_size)
 
     def allowed_bits(self, name: str) -> tuple[int, ...] | None:
-        """The widths that "weight_bits" or "activation_bits" allow at the end, ascending; None for float."""
+        """The widths that one of `WIDTHS` allows at the end, ascending; None for float."""
         bits = getattr(self, name)
+        if isinstance(bits, int):
+            return (bits,)
         if bits is not None and "projection" in self.without:
             return tuple(range(MIN_BITS, MAX_BITS + 1))  # whatever can be packed
         if bits is None or len(bits) > 2 or self.discrete_bits:

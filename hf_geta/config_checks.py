@@ -23,6 +23,7 @@ def check_config(config: Any) -> None:
             f"activation_bits={config.activation_bits} without weight_bits: a layer rounds its weight whenever it "
             "rounds its input; write weight_bits=(8, 8) or drop activation_bits."
         )
+    _check_embeddings(config)
     if config.weight_bits is None and not config.prunes:
         raise ValueError("weight_bits=None and group_sparsity=0 compress nothing: train with transformers.Trainer.")
     if config.share_inputs and config.activation_bits is None:
@@ -93,6 +94,21 @@ def _check_bits(name: str, bits: Any, initial_bits: float) -> None:
     if upper > initial_bits:
         raise ValueError(
             f"{name}={bits} starts above initial_bits={initial_bits}: raise initial_bits to at least {upper}."
+        )
+
+
+def _check_embeddings(config: Any) -> None:
+    bits = config.quantize_embeddings
+    if bits is None:
+        return
+    if not isinstance(bits, int) or not MIN_BITS <= bits <= config.initial_bits:
+        raise ValueError(
+            f"quantize_embeddings={bits!r}: write one width from {MIN_BITS} to initial_bits={config.initial_bits}."
+        )
+    if config.weight_bits is None:
+        raise ValueError(
+            f"quantize_embeddings={bits} without weight_bits: a run whose weights stay in float only prunes; write "
+            "weight_bits, or drop quantize_embeddings."
         )
 
 

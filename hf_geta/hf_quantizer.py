@@ -19,10 +19,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_geta.checkpoint.dequantize import dequantize_
-from hf_geta.checkpoint.layers import PackedLayer, check_backend, replace_with_packed_, set_backend_
+from hf_geta.checkpoint.layers import PackedLayer, check_backend, set_backend_
 from hf_geta.checkpoint.manifest import QUANT_METHOD, Manifest, fit_manifest, in_file_names, write_manifest_
 from hf_geta.checkpoint.names import packed_tensors, save_as_they_are_, without_conversions_of
 from hf_geta.checkpoint.prune import resize_, set_attributes_
+from hf_geta.checkpoint.swap import replace_with_packed_
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class GETAHfQuantizer(HfQuantizer):
             part.__dict__.pop("_init_weights", None)
         for _, layer in _packed_layers(model):
             layer.codes()  # back in their place, where the model was spread over devices
+            layer.forget_decoded()  # what transformers read while it initialized
         _check_loaded(model, self._shapes)
         # transformers 5.17 leaves tensors that it renamed in the file's dtype.
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -184,6 +186,8 @@ def _check_loaded(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None
         return  # spread over devices, where tensors are replaced and lose the mark
     for layer_name, layer in _packed_layers(model):
         for name, buffer in layer._buffers.items():
+            if name in layer._non_persistent_buffers_set:
+                continue
             if buffer is None or not getattr(buffer, "_is_hf_initialized", False):
                 raise ValueError(f"{layer_name}.{name} is not in the checkpoint's file: get the file again.")
             if name == "step_size" and not (buffer.isfinite() & (buffer > 0)).all():

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_geta.checkpoint.layers import PACKED_CLASSES, PackedLayer
+from hf_geta.checkpoint.layers import PackedLayer
+from hf_geta.checkpoint.swap import PACKED_CLASSES
 
 
 @torch.no_grad()
@@ -41,11 +42,13 @@ def dequantize_(model: PreTrainedModel) -> None:
 
 def _dense_layer(layer: PackedLayer, weight: nn.Parameter) -> nn.Module:
     """The dense layer with the hyperparameters and the bias of a packed one."""
-    kind = next(dense for dense, packed in PACKED_CLASSES.items() if isinstance(layer, packed))
+    kind = layer.float_class or next(dense for dense, packed in PACKED_CLASSES.items() if isinstance(layer, packed))
     dense: Any = kind.__new__(kind)
     nn.Module.__init__(dense)
     vars(dense).update({name: vars(layer)[name] for name in layer.hyperparameters}, training=layer.training)
     dense.register_parameter("weight", weight)
+    for name in layer.kept_buffers:
+        dense.register_buffer(name, layer.get_buffer(name), persistent=name not in layer._non_persistent_buffers_set)
     dense.register_parameter("bias", layer.bias)
     dense._is_hf_initialized = True  # transformers has nothing to initialize here
     return dense

@@ -6,7 +6,7 @@ integers, where the layer and the hardware allow it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta.checkpoint import integer
-from hf_geta.checkpoint.manifest import LayerManifest
 from hf_geta.checkpoint.packed_weight import PackedWeight, scalar
 from hf_geta.checkpoint.packing import highest_code
 from hf_geta.quantization.functional import fake_quantize
@@ -188,49 +187,6 @@ class PackedConv1D(PackedLayer, Conv1D):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"PackedConv1D(nf={self.nf}, nx={self.nx}, bits={self.manifest.bits})"
-
-
-PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
-    nn.Linear: PackedLinear,
-    nn.Conv2d: PackedConv2d,
-    Conv1D: PackedConv1D,
-}
-
-
-def packed_class(dense: nn.Module) -> type[PackedLayer] | None:
-    """The packed layer that stands in for a dense or quantized one; None where there is none."""
-    return next((packed for kind, packed in PACKED_CLASSES.items() if isinstance(dense, kind)), None)
-
-
-def replace_with_packed_(model: nn.Module, layers: Mapping[str, LayerManifest]) -> dict[str, PackedLayer]:
-    """Put empty packed layers where the manifest says, under every name that the model has for the module.
-
-    Returns:
-        The packed layers by the manifest's names.
-
-    Raises:
-        ValueError: for a module that cannot be packed.
-    """
-    packed: dict[str, PackedLayer] = {}
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    for name, layer in sorted(layers.items(), key=lambda item: item[1].shared_with is not None):
-        dense = model.get_submodule(name)
-        if (kind := packed_class(dense)) is None:
-            known = ", ".join(each.__name__ for each in PACKED_CLASSES)
-            raise ValueError(f"layers: {name} is a {type(dense).__name__}; what can be packed is {known}.")
-        if layer.granularity == "channel" and (layer.channel_dim or 0) != kind.channel_dim:
-            raise ValueError(
-                f"layers: {name} has channel_dim={layer.channel_dim}, but the outputs of a {type(dense).__name__} are "
-                f"dimension {kind.channel_dim}."
-            )
-        packed[name] = kind(dense, layer, packed[layer.shared_with] if layer.shared_with else None)
-        for alias in names[dense]:
-            model.set_submodule(alias, packed[name])
-        if layer.shared_with:  # transformers would look for a parameter to tie
-            getattr(model, "all_tied_weights_keys", {}).pop(f"{name}.weight", None)
-    return packed
 
 
 def set_backend_(model: nn.Module, backend: str) -> None:

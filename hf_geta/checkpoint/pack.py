@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_geta.checkpoint.layers import PackedLayer, packed_class, replace_with_packed_, set_backend_
+from hf_geta.checkpoint.layers import PackedLayer, set_backend_
 from hf_geta.checkpoint.manifest import LayerManifest, Manifest, read_manifest, write_manifest_
 from hf_geta.checkpoint.names import packed_tensors, save_as_they_are_
 from hf_geta.checkpoint.packing import highest_code, pack_codes
+from hf_geta.checkpoint.swap import packed_class, replace_with_packed_
 from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
 

@@ -43,6 +43,8 @@ class PackedWeight(nn.Module):
     """
 
     channel_dim = 0  # of the dense weight
+    float_class: type[nn.Module] | None = None  # of the dense layer, where it is a class of its own
+    kept_buffers: tuple[str, ...] = ()  # of the dense layer
 
     def __init__(self, dense: nn.Module, manifest: LayerManifest, shared_with: PackedWeight | None = None) -> None:
         """An empty packed layer with the hyperparameters, bias, device and dtype of `dense`.
@@ -66,7 +68,7 @@ class PackedWeight(nn.Module):
             if manifest.granularity == "channel":
                 channels = manifest.shape[self.channel_dim]
                 self.register_buffer("step_size", torch.empty(channels, dtype=torch.float32, device=device))  # type: ignore[arg-type]
-        self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
+        self.register_parameter("bias", getattr(dense, "bias", None))
 
     @property
     def weight(self) -> Tensor:
@@ -148,6 +150,10 @@ class PackedWeight(nn.Module):
     @torch.no_grad()
     def _decode(self) -> Tensor:
         return (self.step_sizes() * self._integers()).to(self.weight_dtype)
+
+    def forget_decoded(self) -> None:
+        """Free the decoded weight; the next reading decodes again."""
+        self._decoded = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and (isinstance(value, nn.Parameter) or value.dtype != torch.uint8):

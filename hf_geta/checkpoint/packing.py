@@ -97,6 +97,29 @@ def unpack_narrow(packed: Tensor, bits: int, numel: int) -> Tensor:
     return codes[:numel]
 
 
+def unpack_rows(packed: Tensor, bits: int, width: int, rows: Tensor) -> Tensor:
+    """The codes of chosen rows of a matrix that `pack_codes` wrote, without looking at the others.
+
+    Args:
+        packed: uint8, the stream of the whole matrix, (ceil(entries * width * bits / 8),).
+        bits: width of one code, 2 to 16.
+        width: codes in a row.
+        rows: int64, (rows,), each in [0, entries).
+
+    Returns:
+        int32, (rows, width), on the device of `packed`.
+    """
+    if width % 8 == 0:  # a row is whole octets of codes
+        found = packed.view(-1, width // 8 * bits).index_select(0, rows)
+        return unpack_codes(found.view(-1), bits, len(rows) * width).view(len(rows), width)
+    first, octets = rows[:, None] * width, width // 8 + 2  # as many octets as a row may reach into
+    place = (first // 8 + torch.arange(octets, device=rows.device))[..., None] * bits
+    place = place + torch.arange(bits, device=rows.device)  # (rows, octets, bits)
+    found = packed[place.clamp_(max=len(packed) - 1)]  # past the end lies no code
+    codes = unpack_codes(found.view(-1), bits, len(rows) * octets * 8).view(len(rows), octets * 8)
+    return codes.gather(1, first % 8 + torch.arange(width, device=rows.device))
+
+
 def _spread_(packed: Tensor, bits: int, codes: Tensor) -> None:
     """Fill `codes`, int8, a multiple of 8 of them: every code moves into a byte of its own, many in one word.
 

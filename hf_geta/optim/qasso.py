@@ -73,18 +73,18 @@ class QASSO(OptimizerWrapper):
         self.widths = WidthTable(numbered.quantizers, next((p.device for p in space.parameters if not p.is_meta), None))
         # one row per parameter of the space, -1 without a quantizer
         self.quantizer_rows = [numbered.weight_rows.get(name, -1) for name in space.parameter_names]
-        self.is_weight = torch.tensor([weight is not None for weight in numbered.weights], dtype=torch.bool)
         _separate_quantizer_parameters_(base, numbered.quantizers, config.quantizer_learning_rate)
         super().__init__(base)
         self.step_count = 0
         device = self.widths.signed.device
-        self.is_weight = self.is_weight.to(device)
         space.to(device)
         self.removed = torch.zeros(space.num_groups, dtype=torch.bool, device=device)  # exactly zero by now
         self.redundant = torch.zeros_like(self.removed)  # being forgotten in the present period
         self.final_bits: Tensor | None = None
-        weight_bits, input_bits = (config.allowed_bits(name) or () for name in ("weight_bits", "activation_bits"))
-        self.allowed_bits = [input_bits if weight is None else weight_bits for weight in self.weights]
+        self.allowed_bits = [config.allowed_bits(quantizer.widths) or () for quantizer in numbered.quantizers]
+        self._lower_bits = torch.tensor([float(bits[0]) for bits in self.allowed_bits], device=device)
+        upper = torch.tensor([bits[-1] for bits in self.allowed_bits], device=device)
+        self._rows_of_upper = {bits: upper == bits for bits in {bits[-1] for bits in self.allowed_bits}}
         self.targets: Share | Pricing
         if budget is None:
             self.targets = Share(config, self.schedule, space, self.widths, self.allowed_bits)
@@ -121,18 +121,10 @@ class QASSO(OptimizerWrapper):
         """(lower, upper) in force after the present step, in bits, (quantizers,) each."""
         if self.final_bits is not None:
             return self.final_bits, self.final_bits
-        weight_bits = self.config.allowed_bits("weight_bits") or (0,)
-        input_bits = self.config.allowed_bits("activation_bits") or weight_bits
-        at = self.schedule.upper_bits_at
-        lower = self._per_quantizer(float(weight_bits[0]), float(input_bits[0]))
-        upper = self._per_quantizer(
-            float(at(self.step_count, weight_bits[-1])), float(at(self.step_count, input_bits[-1]))
-        )
-        return lower, upper if self.targets.ceilings is None else upper.minimum(self.targets.ceilings)
-
-    def _per_quantizer(self, weight: float, activation: float) -> Tensor:
-        values = torch.full_like(self.widths.signed, activation)
-        return values.masked_fill_(self.is_weight, weight)
+        upper = torch.zeros_like(self._lower_bits)
+        for bits, rows in self._rows_of_upper.items():
+            upper.masked_fill_(rows, float(self.schedule.upper_bits_at(self.step_count, bits)))
+        return self._lower_bits, upper if self.targets.ceilings is None else upper.minimum(self.targets.ceilings)
 
     def _projection_step(self) -> None:
         self.targets.observe()
@@ -144,9 +136,8 @@ class QASSO(OptimizerWrapper):
 
     def _bounds_move(self) -> bool:
         """Whether the schedule moves a bound in this step."""
-        bits = {bits[-1] for bits in self.allowed_bits}
         at = self.schedule.upper_bits_at
-        return any(at(self.step_count, upper) != at(self.step_count - 1, upper) for upper in bits)
+        return any(at(self.step_count, bits) != at(self.step_count - 1, bits) for bits in self._rows_of_upper)
 
     def _move_widths_(self, lower: Tensor, upper: Tensor) -> None:
         """Into new bounds, clips and all."""

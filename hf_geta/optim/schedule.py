@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import math
 
-from hf_geta.config import GETAConfig
+from hf_geta.config import WIDTHS, GETAConfig
 
 
 class Stage(enum.IntEnum):
@@ -94,8 +94,8 @@ class Schedule:
                 f"pruning_periods={self.pruning_periods} do not fit the {self.joint_steps} steps of the joint stage: "
                 "raise joint_steps (or train longer), or lower pruning_periods."
             )
-        for name in ("weight_bits", "activation_bits"):
-            bits = getattr(config, name)
+        for name in WIDTHS:
+            bits = config.allowed_bits(name)
             if bits is not None and self.projection_periods(bits[-1]) > self.projection_steps:
                 raise ValueError(
                     f"{name}={bits}: from initial_bits={self.initial_bits} down to {bits[-1]} by "

@@ -112,7 +112,7 @@ class Outcomes:
         cost = cost_at(
             self.model,
             {axis.name: range(count) for axis, count in zip(self.axes, removed, strict=True)},
-            lambda quantizer, _: widths[rows[id(quantizer)]],
+            lambda quantizer: widths[rows[id(quantizer)]],
         )
         size = round(self.file.cost(removed, widths))
         return Outcome(title, sum(self.sizes) - sum(removed), cost.parameters, size, cost.relative_bops)

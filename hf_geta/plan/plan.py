@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 
 from hf_geta.compress import preparation_of
-from hf_geta.config import GETAConfig
+from hf_geta.config import WIDTHS, GETAConfig
 from hf_geta.graph.qadg import QADG
 from hf_geta.graph.table import Tensors
 from hf_geta.optim.pricing import Pricing
@@ -132,7 +132,7 @@ def plan_stages(schedule: Schedule, qasso: QASSO) -> list[PlannedStage]:
 def _falling_widths(schedule: Schedule, config: GETAConfig) -> str:
     steps = range(schedule.warmup_steps, schedule.warmup_steps + schedule.projection_steps)
     words = []
-    for name, what in (("weight_bits", "weights"), ("activation_bits", "activations")):
+    for name, what in zip(WIDTHS, ("weights", "embeddings", "activations"), strict=True):
         if allowed := config.allowed_bits(name):
             uppers = dict.fromkeys([schedule.initial_bits, *(schedule.upper_bits_at(s, allowed[-1]) for s in steps)])
             words.append(f"{what} at most {', '.join(map(str, uppers))} bits")

@@ -22,6 +22,7 @@ class Quantizer(nn.Module):
         channel_shape: shape of the per-channel scale s, such as (out, 1) or (1, out): Q(x) = s Q0(x / s). None: no s.
         learn_exponent: False fixes t = 1, which every integer runtime can reproduce on its inputs.
         enabled: False passes x through (an input quantizer before its calibration).
+        widths: the field of GETAConfig that bounds its width, one of `config.WIDTHS`.
     """
 
     log_step_size: nn.Parameter
@@ -36,8 +37,10 @@ class Quantizer(nn.Module):
         learn_exponent: bool = True,
         enabled: bool = True,
         device: torch.device | None = None,
+        widths: str = "weight_bits",
     ) -> None:
         super().__init__()
+        self.widths = widths
         self.signed = True
         self.enabled = enabled
         shapes = {

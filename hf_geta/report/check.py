@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.models import dense_skeleton, load_model
 from hf_geta.checkpoint.packing import highest_code, unpack_codes
-from hf_geta.config import GETAConfig
+from hf_geta.config import WIDTHS, GETAConfig
 from hf_geta.report.files import REPORT_NAME, hash_files
 from hf_geta.report.folder import clean, describe, figures_of, read_report
 
@@ -100,15 +100,23 @@ def _check_widths(model: PreTrainedModel, settings: Any) -> Iterator[Check]:
     except (ValueError, TypeError, AttributeError) as error:
         yield Check("the settings of the compression", f"{REPORT_NAME}: geta: {clean(str(error))}")
         return
-    for key, what in (("weight_bits", "weights"), ("activation_bits", "inputs")):
+    packed = _packed(model)
+    ends = {model.get_input_embeddings(), model.get_output_embeddings()} if config.quantize_embeddings else set()
+    owners = ends | {owner for end in ends if isinstance(end, PackedLayer) for owner in end.shared_with}
+    tables = {name for name, layer in packed.items() if owners & {layer, *layer.shared_with}}
+    widths = {
+        "weight_bits": {name: layer.manifest.bits for name, layer in packed.items() if name not in tables},
+        "quantize_embeddings": {name: packed[name].manifest.bits for name in tables},
+        "activation_bits": {
+            name: bits for name, layer in packed.items() if (bits := layer.manifest.activation_bits) is not None
+        },
+    }
+    for key, what in zip(WIDTHS, ("weights", "embeddings", "inputs"), strict=True):
         allowed = config.allowed_bits(key)
+        if key == "quantize_embeddings" and not allowed:
+            continue
         said = f"{', '.join(map(str, allowed))} bits" if allowed else "float"
-        wrong = {
-            name: bits
-            for name, layer in _packed(model).items()
-            if (bits := layer.manifest.bits if key == "weight_bits" else layer.manifest.activation_bits) is not None
-            and bits not in (allowed or ())
-        }
+        wrong = {name: bits for name, bits in widths[key].items() if bits not in (allowed or ())}
         problem = ", ".join(f"{clean(name)} has {bits}" for name, bits in list(wrong.items())[:3])
         yield Check(f"the widths of all {what} are allowed: {said}", problem)
 

@@ -107,7 +107,7 @@ def measure_cost(
     Args:
         operations: of the dense model; several may name the same weight (a layer that runs twice, a tied weight).
         dense_numel, kept_numel: elements of every parameter by name, each tied tensor once, before and after.
-        weight_bits: width by weight name. A weight without an entry is in float.
+        weight_bits: width by parameter name; embeddings have a width, but no operation. Without an entry: float.
         activation_bits: width of the other factor, the layer's input, again by weight name.
         axis_sizes, kept_axis_sizes: entries of every prunable axis, before and after.
         float_bytes: bytes of one element of a tensor that stays in float.
@@ -120,7 +120,7 @@ def measure_cost(
 
     Raises:
         ValueError: for a weight without a size, more elements or groups kept than there are, or a width that belongs
-            to no operation's weight.
+            to no parameter or, of an input, to no operation's weight.
     """
     operations = list(operations)
     weight_bits, activation_bits = dict(weight_bits or {}), dict(activation_bits or {})
@@ -131,9 +131,8 @@ def measure_cost(
     weights = {op.weight for op in operations if op.weight is not None}
     for name in sorted(weights - set(dense_numel)):
         raise ValueError(f"{name}: an operation uses this weight, but dense_numel has no size for it.")
-    for name in sorted(set(weight_bits) | set(activation_bits)):
-        if name not in weights:
-            raise ValueError(f"{name}: a width is given, but no operation uses a weight of that name.")
+    for name in sorted(set(weight_bits) - set(dense_numel) | set(activation_bits) - weights):
+        raise ValueError(f"{name}: a width is given, but there is no such parameter, or no operation that uses it.")
 
     def kept_share(op: CountedOperation) -> float:
         if op.weight is not None:

@@ -2,7 +2,8 @@
 
 A clip that suits 8 bits leaves 2 bits with three values, two of which hardly any weight reaches. Learning would bring
 it down, but by a small share per step. So q_m is multiplied by the ratio of the least-squares clips of the two widths,
-which keeps what was learned about it. Weights are measured where they stand; inputs by what calibration saw.
+which keeps what was learned about it; with one clip per channel, every channel by its own ratio. Weights are measured
+where they stand; inputs by what calibration saw.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from torch import Tensor
 
 from hf_geta.config_checks import MAX_BITS, MIN_BITS
 from hf_geta.optim.widths import WidthTable
-from hf_geta.quantization.histogram import MagnitudeHistogram
-from hf_geta.quantization.quantizers import Quantizer
 
 
 @torch.no_grad()
@@ -32,20 +31,14 @@ def move_clips_(widths: WidthTable, tensors: Sequence[Tensor | None], lower_bits
     new = old.clamp(min=lower_bits, max=upper_bits).round()
     shifts = []
     for quantizer, tensor, before, after in zip(widths.quantizers, tensors, old.tolist(), new.tolist(), strict=True):
-        if before == after or (tensor is None and quantizer.log_clips is None):
-            shifts.append(torch.zeros_like(quantizer.log_clip_max))
-        else:
-            log_clips = _log_clips(quantizer, tensor, int(before), int(after))
-            shifts.append(log_clips[1] - log_clips[0])
+        shift = torch.zeros_like(quantizer.log_clip_max)
+        if before != after and tensor is not None:
+            ratio = quantizer.best_clip(tensor, after) / quantizer.best_clip(tensor, before)
+            if quantizer.log_channel_scale is None:
+                shift = ratio.log()
+            else:
+                quantizer.log_channel_scale.add_(ratio.log())
+        elif before != after and quantizer.log_clips is not None:
+            shift = quantizer.log_clips[int(after)] - quantizer.log_clips[int(before)]
+        shifts.append(shift)
     widths.shift_log_clip_max_(shifts)
-
-
-def _log_clips(quantizer: Quantizer, tensor: Tensor | None, *bits: int) -> Tensor:
-    """ln of the least-squares clip at each width."""
-    if tensor is None:
-        assert quantizer.log_clips is not None
-        return quantizer.log_clips[list(bits)]
-    histogram = MagnitudeHistogram(tensor.device)
-    scale = quantizer.channel_scale
-    histogram.add(tensor.detach() if scale is None else tensor.detach() / scale)
-    return torch.stack([histogram.clip_max(width, quantizer.signed) for width in bits]).log()

@@ -1,4 +1,4 @@
-"""Where the input quantizers start: clips from the inputs that the float layers really see."""
+"""Where the quantizers start: clips from the inputs that the float layers really see."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> list[str]:
-    """Sets the input quantizers from what the float model feeds them; returns the names of the layers they belong to.
+    """Sets the quantizers from what the float model feeds its layers; returns the names of those with rounded inputs.
 
     Runs the model with every quantizer bypassed over `batches` (mappings, sequences or single tensors of inputs), then
     gives each input quantizer the clip of least squared error at `bits` and an unsigned grid where no input was
     negative; its `log_clips` remember the clips of other widths. A layer that no batch reaches keeps its input in
-    float, which is logged.
+    float, which is logged. Weight quantizers remember the `input_power` that weighs their rounding errors.
     Dropout is off; batch norms that were never trained normalize by the batch, as training will. Training mode,
     batch-norm statistics and random state are left as they were. Under torch.distributed every process calls it and
     all get the same result.
@@ -33,8 +33,8 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> li
     Raises:
         ValueError: if `batches` is empty, or if a layer's input is NaN or infinite (naming the first such layer).
     """
-    layers = {name: layer for name, layer in quantized_layers(model).items() if layer.input_quantizer is not None}
-    statistics: dict[str, MagnitudeHistogram] = {}
+    layers = {name: layer for name, layer in quantized_layers(model).items() if not isinstance(layer, nn.Embedding)}
+    statistics: dict[str, _InputStatistics] = {}
     with _float_run(model, layers), contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
             handle = layer.register_forward_pre_hook(_observer(name, statistics), with_kwargs=True)
@@ -45,15 +45,18 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> li
         for batch in itertools.chain([first], batches):
             _forward(model, batch)
     _reduce(statistics, layers)
+    _set_input_powers_(layers, statistics)
     for name, layer in layers.items():
-        if layer.input_quantizer is not None and name in statistics:
-            clip_max = statistics[name].clip_max(bits)
-            layer.input_quantizer.set_range_(clip_max, bits, statistics[name].signed)
-            layer.input_quantizer.log_clips = statistics[name].log_clips()
+        if layer.input_quantizer is None:
+            continue
+        if name in statistics:
+            magnitudes = statistics[name].magnitudes
+            layer.input_quantizer.set_range_(magnitudes.clip_max(bits), bits, magnitudes.signed)
+            layer.input_quantizer.log_clips = magnitudes.log_clips()
         else:
             layer.input_quantizer = None
             logger.warning("%s: no calibration batch reached this layer; its input stays in float", name)
-    return [name for name in layers if name in statistics]
+    return [name for name, layer in layers.items() if layer.input_quantizer is not None]
 
 
 def share_input_quantizers_(model: nn.Module, batch: Any) -> None:
@@ -72,7 +75,31 @@ def share_input_quantizers_(model: nn.Module, batch: Any) -> None:
             vars(layers[name])["input_quantizer"] = layers[first].input_quantizer
 
 
-def _observer(name: str, statistics: dict[str, MagnitudeHistogram]) -> Any:
+class _InputStatistics:
+    """What is remembered of a layer's inputs: how large they are, in all and feature by feature."""
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        self.layer = layer
+        self.magnitudes = MagnitudeHistogram(layer.weight.device)
+        self.squares = torch.zeros(layer.input_features, device=layer.weight.device)  # summed
+
+    def add(self, x: Tensor) -> None:
+        self.magnitudes.add(x)
+        self.squares += x.detach().float().square().movedim(self.layer.feature_dim, -1).flatten(0, -2).sum(0)
+
+
+def _set_input_powers_(layers: Mapping[str, QuantizedLayer], statistics: Mapping[str, _InputStatistics]) -> None:
+    """Of a weight that several layers share, the sum over them; only ratios count."""
+    powers: dict[Quantizer, Tensor] = {}
+    for name, layer in layers.items():
+        if name in statistics:
+            power = layer.spread_over_weight(statistics[name].squares)
+            powers[layer.weight_quantizer] = power + powers.get(layer.weight_quantizer, 0)
+    for quantizer, power in powers.items():
+        quantizer.input_power = power
+
+
+def _observer(name: str, statistics: dict[str, _InputStatistics]) -> Any:
     def observe(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         if x.numel() == 0:
@@ -82,7 +109,9 @@ def _observer(name: str, statistics: dict[str, MagnitudeHistogram]) -> Any:
                 f"calibration: the input of {name} contains NaN or infinite values; "
                 "check the batches (their normalization) and the weights of the layers before it."
             )
-        statistics.setdefault(name, MagnitudeHistogram(x.device)).add(x)
+        if name not in statistics:
+            statistics[name] = _InputStatistics(layer)
+        statistics[name].add(x)
 
     return observe
 
@@ -131,13 +160,14 @@ def _is_fresh(norm: nn.modules.batchnorm._BatchNorm) -> bool:
     return norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0
 
 
-def _reduce(statistics: dict[str, MagnitudeHistogram], layers: Mapping[str, QuantizedLayer]) -> None:
+def _reduce(statistics: dict[str, _InputStatistics], layers: Mapping[str, QuantizedLayer]) -> None:
     """Adds up the processes of a distributed run, so that all choose the same grids."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     for name, layer in layers.items():
-        own = statistics.get(name) or MagnitudeHistogram(layer.weight.device)
-        torch.distributed.all_reduce(own.counts)
-        torch.distributed.all_reduce(own.extremes, torch.distributed.ReduceOp.MAX)
-        if own.counts.sum() > 0:
+        own = statistics.get(name) or _InputStatistics(layer)
+        torch.distributed.all_reduce(own.squares)
+        torch.distributed.all_reduce(own.magnitudes.counts)
+        torch.distributed.all_reduce(own.magnitudes.extremes, torch.distributed.ReduceOp.MAX)
+        if own.magnitudes.counts.sum() > 0:
             statistics[name] = own

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_geta.quantization.functional import bits_to_step_size, fake_quantize, quantize_codes, step_size_to_bits
 from hf_geta.quantization.kernels import Grid
+from hf_geta.quantization.weight_clips import least_squares_clip
 
 
 class Quantizer(nn.Module):
@@ -29,6 +30,7 @@ class Quantizer(nn.Module):
     log_clip_max: nn.Parameter
     log_exponent: nn.Parameter | None
     log_channel_scale: nn.Parameter | None
+    input_power: Tensor | None  # E[x_j^2] of what a weight is multiplied with, broadcastable to it; from calibration
     log_clips: Tensor | None  # ln of the least-squares clip by width, (MAX_BITS + 1,); of inputs, from calibration
 
     def __init__(
@@ -52,6 +54,7 @@ class Quantizer(nn.Module):
         for name, shape in shapes.items():
             zeros = None if shape is None else nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
             self.register_parameter(name, zeros)
+        self.register_buffer("input_power", None)
         self.register_buffer("log_clips", None)
         with torch.no_grad():
             self.set_bits_(16)
@@ -94,6 +97,11 @@ class Quantizer(nn.Module):
     def codes(self, x: Tensor) -> Tensor:
         """The integers behind Q(x): int32, the shape of x."""
         return quantize_codes(x, *self.grid)
+
+    def best_clip(self, weight: Tensor, bits: float) -> Tensor:
+        """The clip s q_m that suits `weight` at `bits`: of `log_channel_scale`'s shape, or ()."""
+        shape = None if self.log_channel_scale is None else tuple(self.log_channel_scale.shape)
+        return least_squares_clip(weight, bits, shape, self.input_power)
 
     @torch.no_grad()
     def initialize_(self, x: Tensor, bits: float) -> None:

@@ -1,0 +1,116 @@
+"""Does a language model find the right answer the likeliest? As lm-evaluation-harness' acc and acc_norm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPT = "Question: {question}\nAnswer:"
+
+
+class Question(NamedTuple):
+    """One line of the data: what is asked, what may be answered, and which of these is right."""
+
+    question: str
+    choices: list[str]
+    answer: int
+
+
+def load_questions(path: str | Path, limit: int | None = None) -> list[Question]:
+    """The first `limit` lines of a jsonl file with the columns question, choices and answer (an index).
+
+    Raises:
+        ValueError: for a line that is none, naming it.
+    """
+    questions = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines()[:limit], start=1):
+        row = json.loads(line)
+        try:
+            question = Question(row["question"], row["choices"], row["answer"])
+            question.choices[question.answer]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: a question has the columns question, choices and answer, the index of the "
+                f"right choice; this line has {', '.join(row)} ({error!r})."
+            ) from error
+        questions.append(question)
+    return questions
+
+
+def evaluate_multiple_choice(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    prompt: str = PROMPT,
+    batch_size: int = 8,
+) -> dict[str, float]:
+    """{"accuracy", "accuracy_norm"}: shares of questions whose right choice scores best.
+
+    A choice scores ln p(" " + choice | prompt), summed over its tokens; for `accuracy_norm` divided by its characters,
+    so that long answers are not behind because they are long. The first of equals counts.
+
+    Args:
+        prompt: what goes before a choice, with `{question}` in it.
+
+    Raises:
+        ValueError: without any question.
+    """
+    if not questions:
+        raise ValueError("there is no question to evaluate on.")
+    pairs = [
+        _encode(tokenizer, prompt.format(question=each.question), choice)
+        for each in questions
+        for choice in each.choices
+    ]
+    scores = iter(log_likelihoods(model, pairs, batch_size))
+    right, right_norm = 0, 0
+    for question in questions:
+        sums = torch.tensor([next(scores) for _ in question.choices], dtype=torch.float64)
+        lengths = torch.tensor([len(choice) for choice in question.choices])
+        right += int(sums.argmax()) == question.answer
+        right_norm += int((sums / lengths).argmax()) == question.answer
+    return {"accuracy": right / len(questions), "accuracy_norm": right_norm / len(questions)}
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> tuple[list[int], list[int]]:
+    """(tokens of the context, tokens that the choice adds): encoded together, since tokens may span the seam."""
+    before = tokenizer(context)["input_ids"]
+    whole: Any = tokenizer(f"{context} {choice}")["input_ids"]
+    return whole[: len(before)], whole[len(before) :]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int
+) -> list[float]:
+    """ln p(continuation | context) of pairs of token lists, in their order."""
+    order = sorted(
+        range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1])
+    )  # like lengths, little padding
+    result = [0.0] * len(pairs)
+    for batch in tqdm(list(_chunks(order, batch_size)), desc="Multiple choice"):
+        rows = [torch.tensor(pairs[i][0] + pairs[i][1]) for i in batch]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+        # Padding lies behind what is read, where a causal model does not look.
+        logits = model(input_ids=ids, use_cache=False).logits
+        for i, row, row_logits in zip(batch, rows, logits):
+            result[i] = _score(row_logits, row.to(ids.device), len(pairs[i][0]))
+    return result
+
+
+def _score(logits: Tensor, ids: Tensor, context: int) -> float:
+    """Sum of ln p over `ids[context:]`, each predicted at the position before it."""
+    targets = ids[context:]
+    log_probabilities = logits[context - 1 : len(ids) - 1].float().log_softmax(-1)
+    return float(log_probabilities.gather(1, targets[:, None]).sum())
+
+
+def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,111 @@
+"""Laws of compressed decoders: whole key-value groups go, and the text is the masked model's, token for token."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hf_geta import GETAConfig, finalize_model, prepare_model
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # so that texts differ and no two tokens are as likely
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+WINDOW, LAYER_TYPES = 6, ["sliding_attention", "sliding_attention", "full_attention"]
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=WINDOW)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, sliding_window=WINDOW, layer_types=LAYER_TYPES, tie_word_embeddings=False)
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.3, eos_token_id=None
+        )
+    ),
+}
+# One width from start to end: nothing is left to be rounded when the model is finalized.
+CONFIG = {
+    "weight_bits": [8, 8],
+    "activation_bits": [8, 8],
+    "initial_bits": 8,
+    "granularity": "channel",
+    "quantize_embeddings": 8,
+}
+PROMPTS = torch.tensor([[5, 9, 33, 2, 17], [1, 60, 8, 8, 40]])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def models(request):
+    """(masked, small): other heads and hidden units gone in every layer."""
+    torch.manual_seed(0)
+    masked = FAMILIES[request.param]().eval()
+    prepare_model(masked, GETAConfig(**CONFIG), {"input_ids": PROMPTS})
+    removed = {}
+    for number, axis in enumerate(masked.geta.qadg.axes):
+        count = [1, 0, 2, 3][number % 4] if "head" in axis.name or "group" in axis.name else 7 * (number % 3)
+        removed[axis.name] = list(range(0, axis.size, 2))[:count] if axis.size > 4 else list(range(count))
+    masked.geta.qadg.zero_(masked, removed)
+    return masked, finalize_model(masked).eval()
+
+
+def heads_of(model):
+    """Key-value heads of every layer, by the rows of what makes the keys."""
+    if model.config.model_type == "gpt2":
+        return [layer.attn.c_attn.weight.shape[1] // 3 // 8 for layer in model.transformer.h]
+    return [layer.self_attn.k_proj.weight.shape[0] // 8 for layer in model.model.layers]
+
+
+def generate(model, **options):
+    return model.generate(
+        PROMPTS, attention_mask=torch.ones_like(PROMPTS), max_new_tokens=16, do_sample=False, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "cache", [{"use_cache": False}, {}, {"cache_implementation": "static"}], ids=["none", "dynamic", "static"]
+)
+def test_the_text_is_that_of_the_masked_model(models, cache):
+    masked, small = models
+    text = generate(small, **cache)
+    assert torch.equal(text, generate(masked, **cache))
+    assert text.shape == (2, 21)
+    assert len(set(text[0, 5:].tolist())) > 3  # it says more than one thing
+
+
+def test_every_layer_has_heads_of_its_own_number_and_keeps_its_groups_whole(models):
+    masked, small = models
+    assert len(set(heads_of(small))) > 1
+    if masked.config.model_type != "gpt2":
+        for layer, heads in zip(small.model.layers, heads_of(small)):
+            assert layer.self_attn.q_proj.weight.shape[0] == 2 * 8 * heads  # two query heads share a key-value head
+            assert layer.self_attn.v_proj.weight.shape[0] == 8 * heads
+
+
+def test_a_loaded_decoder_goes_on_writing_the_same_text(models, tmp_path):
+    _, small = models
+    small.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(generate(loaded), generate(small))
+    assert torch.equal(generate(loaded, num_beams=2), generate(small, num_beams=2))

@@ -6,6 +6,7 @@ forgets, not the size of the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,14 +50,13 @@ class RedundantEntries:
         parameters = [space.parameters[i] for i in entries.parameters]
         return cls(parameters, entries.indices, [rows[i] for i in entries.parameters], widths)
 
-    def _channel_scale(self, segment: int, row: int) -> tuple[Tensor, Tensor] | None:
-        """(per-channel scale parameter, each entry's position in it) of a segment quantized per channel."""
+    def _channel_scale(self, segment: int, row: int) -> tuple[Tensor, int] | None:
+        """(per-channel scale parameter, entries between two channels) of a segment quantized per channel."""
         log_scale = None if row < 0 else self.widths.quantizers[row].log_channel_scale
         if log_scale is None:
             return None
-        positions = torch.arange(log_scale.numel(), device=log_scale.device).view_as(log_scale)
-        positions = positions.expand(self.parameters[segment].shape).reshape(-1)
-        return log_scale, positions[self.indices[segment]]
+        channel_dim = next((dim for dim, size in enumerate(log_scale.shape) if size > 1), 0)
+        return log_scale, math.prod(self.parameters[segment].shape[channel_dim + 1 :])
 
     def gather(self) -> Tensor:
         """The entries' values, (n,) float32."""
@@ -110,12 +110,12 @@ class RedundantEntries:
         if all(scale is None for scale in self.channel_scales):
             return torch.ones((), device=values.device)
         parts = []
-        for scale, size in zip(self.channel_scales, self.sizes, strict=True):
+        for scale, index in zip(self.channel_scales, self.indices, strict=True):
             if scale is None:
-                parts.append(values.new_ones(size))
-            else:
-                log_scale, positions = scale
-                parts.append(log_scale.detach().reshape(-1).exp()[positions])
+                parts.append(values.new_ones(len(index)))
+            else:  # an entry's channel follows from its index: it is not stored beside it
+                log_scale, stride = scale
+                parts.append(log_scale.detach().reshape(-1).exp()[index // stride % log_scale.numel()])
         return torch.cat(parts)
 
     def subtract_(self, change: Tensor) -> None:

@@ -12,6 +12,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -39,6 +41,7 @@ FAMILIES = {
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**SIZES, sliding_window=WINDOW, layer_types=LAYER_TYPES, tie_word_embeddings=False)
     ),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
             vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.3, eos_token_id=None
@@ -109,3 +112,14 @@ def test_a_loaded_decoder_goes_on_writing_the_same_text(models, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(generate(loaded), generate(small))
     assert torch.equal(generate(loaded, num_beams=2), generate(small, num_beams=2))
+
+
+def test_experts_lose_hidden_units_and_stay_in_float_with_their_router(models):
+    masked, small = models
+    if masked.config.model_type != "mixtral":
+        pytest.skip("it has no experts")
+    widths = [layer.mlp.experts.down_proj.shape[2] for layer in small.model.layers]
+    assert min(widths) < max(widths) == SIZES["intermediate_size"]
+    for ours, theirs in zip(small.model.layers, masked.model.layers):
+        assert torch.equal(ours.mlp.gate.weight, theirs.mlp.gate.weight)
+        assert ours.mlp.experts.gate_up_proj.dtype == torch.float32

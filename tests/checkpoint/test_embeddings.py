@@ -1,9 +1,14 @@
 """Laws of packed embeddings: a lookup is the decoded table's, without decoding the table."""
 
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import hf_geta.checkpoint
 from hf_geta.checkpoint.embeddings import PackedEmbedding
 from hf_geta.checkpoint.manifest import LayerManifest
 from hf_geta.checkpoint.packing import pack_codes, unpack_rows
@@ -59,3 +64,15 @@ def test_an_id_outside_the_table_is_refused(outside):
     packed = packed_embedding(codes_of(40, 12, 4), 4, torch.ones(40))
     with pytest.raises(IndexError):
         packed(torch.tensor([0, outside]))
+
+
+@pytest.mark.parametrize(("bits", "width"), [(2, 5), (4, 8), (8, 12), (11, 3)])
+def test_numpy_reads_a_row_as_the_format_says(bits, width):
+    page = (Path(hf_geta.checkpoint.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(def row.*?)```", page, re.DOTALL)
+    exec(code, {"np": np}, program := {})
+    codes, step_sizes = codes_of(7, width, bits), torch.linspace(0.1, 1, 7)
+    packed = packed_embedding(codes, bits, step_sizes)
+    for i in range(7):
+        found = program["row"](packed.codes().numpy(), step_sizes.numpy(), i, width, bits)
+        assert np.array_equal(found, packed(torch.tensor([i])).detach().numpy()[0])

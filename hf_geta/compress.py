@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -320,6 +320,29 @@ def output_difference(model: nn.Module, small: nn.Module, inputs: Inputs) -> flo
     difference = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(*outputs, strict=True))
     norm = sum(float(a.float().square().sum()) for a in outputs[0])
     return (difference / max(norm, torch.finfo(torch.float32).tiny)) ** 0.5
+
+
+@contextlib.contextmanager
+def float_inputs(model: nn.Module) -> Iterator[None]:
+    """Meanwhile no layer of a prepared or packed model rounds its input.
+
+    A rounding that flips, for a sum was taken in another order, flips others behind it: where inputs have outliers, two
+    models that compute the same function differ by as much as rounding changes the function.
+    """
+    quantizers = {layer.input_quantizer for layer in quantized_layers(model).values() if layer.input_quantizer}
+    enabled = [(quantizer, quantizer.enabled) for quantizer in quantizers]
+    manifests = [(layer, layer.manifest) for layer in model.modules() if isinstance(layer, PackedLayer)]
+    try:
+        for quantizer, _ in enabled:
+            quantizer.enabled = False
+        for layer, manifest in manifests:
+            layer.manifest = dataclasses.replace(manifest, activation_bits=None)
+        yield
+    finally:
+        for quantizer, was in enabled:
+            quantizer.enabled = was
+        for layer, manifest in manifests:
+            layer.manifest = manifest
 
 
 def preparation_of(model: nn.Module) -> Preparation:

@@ -26,6 +26,7 @@ from hf_geta.compress import (
     compression_report,
     create_optimizer,
     finalize_model,
+    float_inputs,
     is_prepared,
     measure_compression,
     output_difference,
@@ -46,8 +47,7 @@ from hf_geta.teacher import DistillingTrainer
 
 logger = logging.getLogger(__name__)
 
-# Rounding of an activation may flip where the sum of a product is taken over fewer (zero) terms; a wrong slice
-# moves the outputs by their own size.
+# Sums are taken over fewer (zero) terms, in the model's dtype; a wrong slice moves the outputs by their own size.
 FINALIZE_TOLERANCE = 0.05
 
 
@@ -235,8 +235,9 @@ class GETATrainer(DistillingTrainer):
         small = finalize_model(self.model)
         with preserved_rng():
             inputs = self._calibration_batches(1)[0]
-        set_backend_(small, "reference")  # it is the graph that is checked, not a kernel's rounding
-        difference = output_difference(self.model, small, inputs)
+        set_backend_(small, "reference")  # it is the graph that is checked, not a kernel's rounding, and not inputs'
+        with float_inputs(self.model), float_inputs(small):
+            difference = output_difference(self.model, small, inputs)
         set_backend_(small, "auto")
         if not difference <= FINALIZE_TOLERANCE:
             raise RuntimeError(

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_geta import GETAConfig, finalize_model, prepare_model
+from hf_geta.compress import float_inputs, output_difference
 
 SIZES = {
     "vocab_size": 64,
@@ -123,3 +124,24 @@ def test_experts_lose_hidden_units_and_stay_in_float_with_their_router(models):
     for ours, theirs in zip(small.model.layers, masked.model.layers):
         assert torch.equal(ours.mlp.gate.weight, theirs.mlp.gate.weight)
         assert ours.mlp.experts.gate_up_proj.dtype == torch.float32
+
+
+def test_with_float_inputs_only_the_order_of_sums_tells_the_models_apart(models):
+    masked, small = models
+    rounded = small(input_ids=PROMPTS).logits
+    with float_inputs(masked), float_inputs(small):
+        assert not torch.equal(small(input_ids=PROMPTS).logits, rounded)
+        # float32 sums through three layers of large weights
+        assert output_difference(masked, small, {"input_ids": PROMPTS}) < 1e-3
+    assert torch.equal(small(input_ids=PROMPTS).logits, rounded)
+
+
+def test_a_dequantized_decoder_has_embeddings_of_its_own_class_and_rounds_nothing(models, tmp_path):
+    masked, small = models
+    small.save_pretrained(tmp_path)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path).dequantize()
+    assert type(dense.get_input_embeddings()) is masked.get_input_embeddings().float_class
+    tied = dense.get_output_embeddings().weight is dense.get_input_embeddings().weight
+    assert tied == masked.config.tie_word_embeddings
+    with float_inputs(small):
+        assert torch.equal(dense(input_ids=PROMPTS).logits, small(input_ids=PROMPTS).logits)

@@ -19,14 +19,19 @@ from typing import Any
 
 from classification import evaluate_accuracy
 from images import DataArguments, ImageDataset, load_splits
+from multiple_choice import ChoiceArguments, evaluate_multiple_choice
+from perplexity import evaluate_perplexity
 from questions import QuestionArguments, load_questions, load_tokenizer, windows_of
 from run_question_answering import evaluate_answers
 from run_seq2seq import PairArguments, evaluate_texts, tokenize_pairs
 from splits import load_text_rows
 from texts import TextArguments, load_texts
+from token_blocks import BlockArguments, block_size_of, stacked, token_blocks
+from token_blocks import load_texts as load_plain_texts
 from torch.utils.data import DataLoader
 from transformers import (
     AutoImageProcessor,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -76,6 +81,22 @@ def evaluate_text_to_text(folder: str, data: PairArguments, batch_size: int) -> 
     return evaluate_texts(model, tokenizer, tokenize_pairs(rows, tokenizer, data), rows, data, batch_size)[0]
 
 
+def evaluate_language_model(folder: str, data: BlockArguments, batch_size: int) -> dict[str, float]:
+    """The perplexity of the language model in `folder`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    block_size = block_size_of(data, tokenizer, model.config)
+    blocks = token_blocks(load_plain_texts(data)[1], tokenizer, block_size, data.max_eval_samples)
+    return evaluate_perplexity(model, stacked(blocks, batch_size))
+
+
+def evaluate_choices(folder: str, data: ChoiceArguments, batch_size: int) -> dict[str, float]:
+    """The scores of the language model in `folder`, which chooses among answers."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return evaluate_multiple_choice(model, tokenizer, data.questions(), data.prompt, batch_size)
+
+
 def _classifier(auto_class: Any, folder: str, names: Sequence[str]) -> PreTrainedModel:
     model = auto_class.from_pretrained(folder).eval()
     if len(names) != model.config.num_labels:
@@ -88,6 +109,8 @@ TASKS: dict[str, tuple[Any, Callable[[str, Any, int], dict[str, float]], str]] =
     "image-classification": (DataArguments, evaluate_image_classification, "accuracy"),
     "text-classification": (TextArguments, evaluate_text_classification, "accuracy"),
     "question-answering": (QuestionArguments, evaluate_question_answering, "f1"),
+    "language-modeling": (BlockArguments, evaluate_language_model, "perplexity"),
+    "multiple-choice": (ChoiceArguments, evaluate_choices, "accuracy_norm"),
     "text-to-text": (PairArguments, evaluate_text_to_text, "rouge_l"),
 }
 PERCENT = ("f1", "rouge_l")  # metrics that are no shares
@@ -110,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if claim is None:
         print("claimed: nothing")
         return 0
-    holds = abs(value - claim) <= options.tolerance * (100 if metric in PERCENT else 1)
+    unit = claim if metric == "perplexity" else 100 if metric in PERCENT else 1
+    holds = abs(value - claim) <= options.tolerance * unit
     print(f"claimed:  {label} {form.format(claim)}; {'it holds' if holds else 'IT DOES NOT HOLD'}")
     return 0 if holds else 1
 

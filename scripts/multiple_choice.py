@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import splits
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SPLIT_FILES = ("validation*.jsonl", "test*.jsonl")
 PROMPT = "Question: {question}\nAnswer:"
+
+
+@dataclasses.dataclass
+class ChoiceArguments(splits.DataArguments):
+    """Which questions, and how they are asked."""
+
+    prompt: str = dataclasses.field(
+        default=PROMPT, metadata={"help": "What goes before a choice, with {question} in it."}
+    )
+
+    def questions(self) -> list[Question]:
+        """The evaluation questions of `data_dir`, the first `max_eval_samples`.
+
+        Raises:
+            ValueError: where the folder holds none.
+        """
+        folder = Path(self.data_dir or "")
+        files = [file for pattern in SPLIT_FILES for file in sorted(folder.glob(pattern))] if self.data_dir else []
+        if not files:
+            raise ValueError(f"data_dir={self.data_dir!r} holds no {' or '.join(SPLIT_FILES)} with questions.")
+        return load_questions(files[0], self.max_eval_samples)
 
 
 class Question(NamedTuple):

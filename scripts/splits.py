@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # ending -> reader of `datasets`
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}  # ending -> reader
 # Data sets call the second split one or the other; a test split of texts is often without labels.
 IMAGE_EVAL_SPLITS = ("test", "validation", "valid", "val")
 TEXT_EVAL_SPLITS = ("validation", "validation_matched", "valid", "val", "test")
@@ -26,8 +26,8 @@ class DataArguments:
     data_dir: str | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Folder with a file for each split, or several, as parquet, jsonl, json or csv: train*.parquet, "
-            "validation*.jsonl, ... Goes before dataset_name."
+            "help": "Folder with a file for each split, or several, as parquet, jsonl, json, csv or txt (a row a "
+            "line): train*.parquet, validation*.jsonl, ... Goes before dataset_name."
         },
     )
     max_train_samples: int | None = dataclasses.field(
@@ -92,9 +92,10 @@ def _files(folder: Path) -> dict[str, Any]:
     for ending, builder in BUILDERS.items():
         files: dict[str, list[str]] = {}
         for file in sorted([*folder.glob(f"*{ending}"), *folder.glob(f"data/*{ending}")]):
-            if file.stem == "metadata":  # of an image folder
-                continue
-            files.setdefault(file.stem.split("-")[0].split(".")[0], []).append(str(file))
+            split = file.stem.split("-")[0].split(".")[0]
+            if split == "metadata" or (builder == "text" and split not in ("train", *TEXT_EVAL_SPLITS)):
+                continue  # of an image folder; of no data at all
+            files.setdefault(split, []).append(str(file))
         if files:
             return {"path": builder, "data_files": files}
     return {"path": "imagefolder", "data_dir": str(folder)}

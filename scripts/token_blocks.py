@@ -4,86 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from pathlib import Path
 from typing import Any
 
 import datasets
+import splits
 import torch
 
-# The Hub's data sets call the second split one or the other.
-EVAL_SPLITS = ("validation", "valid", "val", "test")
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 DEFAULT_BLOCK_SIZE = 1024
-SHUFFLE_BUFFER_TEXTS = 10_000  # that streamed training data is shuffled within
 
 
 @dataclasses.dataclass
-class TextArguments:
-    """Which texts, and how long the blocks are."""
+class BlockArguments(splits.StreamArguments):
+    """Which texts, and how long the blocks are; samples are blocks."""
 
-    dataset_name: str | None = dataclasses.field(default=None, metadata={"help": "Name of a data set on the Hub."})
-    dataset_config_name: str | None = dataclasses.field(default=None, metadata={"help": "Its configuration."})
-    data_dir: str | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Folder with train* and validation* (or test*) as jsonl, parquet or txt, where a line is a text. "
-            "Goes before dataset_name."
-        },
-    )
     text_column: str = dataclasses.field(default="text", metadata={"help": "The column with the texts."})
     block_size: int | None = dataclasses.field(
         default=None, metadata={"help": "Tokens in a block; by default what the model takes, at most 1024."}
     )
-    streaming: bool = dataclasses.field(
-        default=False, metadata={"help": "Read the texts while training, for data that no disk should hold twice."}
-    )
-    max_train_samples: int | None = dataclasses.field(default=None, metadata={"help": "Train on this many blocks."})
-    max_eval_samples: int | None = dataclasses.field(default=None, metadata={"help": "Evaluate on this many blocks."})
 
     def __post_init__(self) -> None:
-        if self.dataset_name is None and self.data_dir is None:
-            raise ValueError("write dataset_name (a data set on the Hub) or data_dir (a folder).")
+        super().__post_init__()
         if self.block_size is not None and self.block_size < 2:
             raise ValueError(f"block_size={self.block_size}: a block needs 2 tokens, one to read and one to predict.")
 
 
-def load_splits(arguments: TextArguments) -> tuple[Any, Any]:
-    """(train, evaluation) of the texts that the arguments name, as data sets with one column; streamed if so wished.
+def load_texts(arguments: BlockArguments) -> tuple[Any, Any]:
+    """(train, evaluation) of the texts that the arguments name, with one column; both streamed if so wished.
 
     Raises:
         ValueError: where a split or the column cannot be found; the message names those there are.
     """
-    if arguments.data_dir is not None:
-        builder, files = _files(Path(arguments.data_dir))
-        splits = datasets.load_dataset(builder, data_files=files, streaming=arguments.streaming)
-    else:
-        name, config = arguments.dataset_name, arguments.dataset_config_name
-        splits = datasets.load_dataset(name, config, streaming=arguments.streaming)
-    evaluation = next((name for name in EVAL_SPLITS if name in splits), None)
-    if "train" not in splits or evaluation is None:
-        raise ValueError(f"splits {', '.join(splits)}: a train split and one of {', '.join(EVAL_SPLITS)} are needed.")
-    return tuple(_texts(splits[name], arguments.text_column) for name in ("train", evaluation))
-
-
-def _files(folder: Path) -> tuple[str, dict[str, list[str]]]:
-    """(builder of `datasets`, split -> files) of a local folder."""
-    files: dict[str, list[str]] = {}
-    found = sorted(file for file in folder.glob("*") if file.suffix in BUILDERS)
-    for file in found:
-        files.setdefault(file.stem.split("-")[0].split(".")[0], []).append(str(file))
-    builders = {BUILDERS[file.suffix] for file in found}
-    if len(builders) != 1:
-        raise ValueError(
-            f"data_dir={str(folder)!r} holds {', '.join(sorted(builders)) or 'no texts'}: write train* and validation* "
-            f"files of one kind, {', '.join(BUILDERS)}."
-        )
-    return builders.pop(), files
+    loaded = splits.load_rows(arguments, splits.TEXT_EVAL_SPLITS, arguments.streaming)
+    train, evaluation = (_texts(rows, arguments.text_column) for rows in loaded)
+    if arguments.streaming:
+        train = train.shuffle(seed=0, buffer_size=splits.STREAM_BUFFER_ROWS)
+    return train, evaluation
 
 
 def _texts(rows: Any, column: str) -> Any:
-    names = rows.column_names or list(next(iter(rows)))  # a stream may not know before it is read
-    if column not in names:
-        raise ValueError(f"column {column!r} is not in the data; there are: {', '.join(names)}. Write text_column.")
+    if rows.column_names is None:  # a stream may not know before it is read
+        rows = rows.resolve_features()
+    splits.require_columns(rows, [column])
     rows = rows.select_columns([column])
     return rows if column == "text" else rows.rename_column(column, "text")
 
@@ -119,7 +80,7 @@ def token_blocks(texts: Any, tokenizer: Any, block_size: int, limit: int | None 
     return blocks if limit is None else blocks.select(range(min(limit, len(blocks))))
 
 
-def block_size_of(arguments: TextArguments, tokenizer: Any, config: Any) -> int:
+def block_size_of(arguments: BlockArguments, tokenizer: Any, config: Any) -> int:
     """Tokens in a block.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import Any
 # Key of the report -> (label, format), in the table's order.
 METRICS: dict[str, tuple[str, str]] = {
     "accuracy": ("Accuracy", "{:.2%}"),
+    "accuracy_norm": ("Accuracy, length-normalized", "{:.2%}"),
     "exact_match": ("Exact match", "{:.2f}"),
     "f1": ("F1", "{:.2f}"),
     "rouge_l": ("ROUGE-L", "{:.2f}"),

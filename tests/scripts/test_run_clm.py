@@ -5,13 +5,14 @@ import math
 import random
 
 import datasets
+import evaluate_checkpoint
 import pytest
 import run_clm
 import torch
 import yaml
 from perplexity import evaluate_perplexity
 from runs import COST_KEYS
-from token_blocks import TextArguments, load_splits, stacked, token_blocks
+from token_blocks import BlockArguments, load_texts, stacked, token_blocks
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -128,7 +129,7 @@ def test_a_loaded_language_model_is_measured_like_the_one_that_was_saved(runs, f
 def test_streamed_blocks_are_the_same_blocks(folder):
     tokenizer = tokenizer_of_words()
     held, streamed = (
-        load_splits(TextArguments(data_dir=str(folder / "data"), streaming=each))[1] for each in (False, True)
+        load_texts(BlockArguments(data_dir=str(folder / "data"), streaming=each))[1] for each in (False, True)
     )
     held, streamed = (token_blocks(texts, tokenizer, BLOCK) for texts in (held, streamed))
     assert [block["input_ids"] for block in streamed] == list(held["input_ids"])
@@ -155,22 +156,22 @@ def test_blocks_are_all_texts_in_one_row_with_the_end_token_after_each():
 def test_lines_of_a_text_file_are_texts(tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}.txt").write_text(f"the {split}\na cat\n")
-    train, evaluation = load_splits(TextArguments(data_dir=str(tmp_path)))
+    train, evaluation = load_texts(BlockArguments(data_dir=str(tmp_path)))
     assert (train["text"][:], evaluation["text"][:]) == (["the train", "a cat"], ["the test", "a cat"])
 
 
 def test_what_is_not_in_the_data_is_named(folder, tmp_path):
-    with pytest.raises(ValueError, match="column 'story' is not in the data; there are: text"):
-        load_splits(TextArguments(data_dir=str(folder / "data"), text_column="story"))
-    with pytest.raises(ValueError, match="holds no texts"):
-        load_splits(TextArguments(data_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="no column story; there are: text"):
+        load_texts(BlockArguments(data_dir=str(folder / "data"), text_column="story"))
+    with pytest.raises(ValueError, match="there is no such folder"):
+        load_texts(BlockArguments(data_dir=str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match="the model takes 64 tokens"):
         run(folder, "long", "--block_size", "65")
 
 
 def test_perplexity_is_that_of_the_models_own_loss(folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-    blocks = token_blocks(load_splits(TextArguments(data_dir=str(folder / "data")))[1], tokenizer_of_words(), BLOCK)
+    blocks = token_blocks(load_texts(BlockArguments(data_dir=str(folder / "data")))[1], tokenizer_of_words(), BLOCK)
     batch = next(iter(stacked(blocks, 5)))
     loss = model(**batch).loss.item()
     assert evaluate_perplexity(model, [batch])["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
@@ -181,3 +182,14 @@ def test_a_uniform_guesser_has_the_perplexity_of_its_vocabulary(folder):
     torch.nn.init.zeros_(model.model.norm.weight)
     batch = {"input_ids": torch.arange(12).view(2, 6)}
     assert evaluate_perplexity(model.eval(), [batch])["perplexity"] == pytest.approx(len(WORDS), rel=1e-5)
+
+
+def test_a_saved_language_model_is_measured_again_from_its_report(runs, folder, capsys):
+    assert evaluate_checkpoint.main([str(folder / "compressed"), "--data_dir", str(folder / "data")]) == 0
+    assert "it holds" in capsys.readouterr().out
+    (folder / "data" / "validation.jsonl").rename(folder / "data" / "texts.jsonl.kept")
+    row = {"question": "what the cat", "choices": ["sees", "tree old the"], "answer": 0}
+    (folder / "data" / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--task", "multiple-choice", "--data_dir", str(folder / "data"), "--prompt", "the cat"]
+    assert evaluate_checkpoint.main([str(folder / "compressed"), *flags]) == 0
+    assert "measured: Accuracy, length-normalized 100.00%" in capsys.readouterr().out

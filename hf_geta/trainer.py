@@ -235,7 +235,7 @@ class GETATrainer(DistillingTrainer):
         small = finalize_model(self.model)
         with preserved_rng():
             inputs = self._calibration_batches(1)[0]
-        set_backend_(small, "reference")  # it is the graph that is checked, not a kernel's rounding, and not inputs'
+        set_backend_(small, "reference")  # it is the graph that is checked, not a kernel's rounding or the inputs'
         with float_inputs(self.model), float_inputs(small):
             difference = output_difference(self.model, small, inputs)
         set_backend_(small, "auto")

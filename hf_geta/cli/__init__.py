@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _set_up_logs() -> None:
     """Only what the user should know beside the output, each once."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     package = logging.getLogger("hf_geta")
     LOGS.stream = sys.stderr  # that of now: a program may call `main` more than once

@@ -30,6 +30,7 @@ Owner = TypeVar("Owner")
 INSTEAD_OF_NONE = 8  # tried in a field without a value
 MOST_FIELDS = 3  # that change together: query heads, key-value heads, experts' sizes
 MOST_VALUES = 3  # tried per field: sizes that differ more than that are not those of one field
+MOST_LISTED = 6  # sizes that an error names: enough to see the pattern, and the way out stays in sight
 
 
 class ConfigFields:
@@ -228,7 +229,9 @@ def _sizes(dims: Iterable[Dim], wanted: Mapping[Dim, int]) -> str:
     by_size: dict[int, list[str]] = {}
     for name, dim in dims:
         by_size.setdefault(wanted[name, dim], []).append(f"{name}[{dim}]")
-    return ", ".join(f"{folded} ({size})" for size, names in by_size.items() for folded in fold_names(names))
+    listed = [f"{folded} ({size})" for size, names in by_size.items() for folded in fold_names(names)]
+    more = len(listed) - MOST_LISTED
+    return ", ".join([*listed[:MOST_LISTED], *[f"and {more} more"] * (more > 0)])
 
 
 @contextlib.contextmanager

@@ -43,6 +43,18 @@ def test_different_sizes_of_one_field_are_refused_with_all_of_them(vit):
         vit.solve({(name, dim): 9 if ".0." in name else 7 for name, dim in MLP.items()})
 
 
+def test_an_error_about_many_sizes_stays_short():
+    values = VIT | {"num_hidden_layers": 6}
+    deep = ConfigFields(transformers.ViTModel(transformers.ViTConfig(**values)))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.fc2\.weight\[1\] \(11\), and 12 more\.$"):
+        deep.solve({(name, dim): 10 + n for n in range(6) for name, dim in _mlp(n).items()})
+
+
+def _mlp(layer):
+    place = f"layers.{layer}.mlp"
+    return {f"{place}.fc1.weight": 0, f"{place}.fc1.bias": 0, f"{place}.fc2.weight": 1}
+
+
 def test_fields_of_inner_configs_and_lists_have_paths():
     inner = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     text = inner | {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 2}

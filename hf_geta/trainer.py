@@ -22,22 +22,14 @@ from transformers.trainer import OPTIMIZER_NAME
 from hf_geta.checkpoint.directory import replace_files
 from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.checkpoint.names import own_tensor_names
-from hf_geta.compress import (
-    compression_report,
-    create_optimizer,
-    finalize_model,
-    float_inputs,
-    is_prepared,
-    measure_compression,
-    output_difference,
-    preparation_of,
-    prepare_model,
-)
+from hf_geta.compress import create_optimizer, finalize_model, prepare_model
 from hf_geta.config import GETAConfig
 from hf_geta.hub import card_fields, describe_training, pickled_without_token, push_while_training
+from hf_geta.measure import compression_report, float_inputs, measure_compression, output_difference
 from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.schedule import Schedule, Stage
+from hf_geta.preparation import is_prepared, preparation_of
 from hf_geta.progress import CompressionProgress
 from hf_geta.randomness import preserved_rng
 from hf_geta.report.cost import Cost

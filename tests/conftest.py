@@ -5,7 +5,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_geta import GETAConfig, finalize_model, prepare_model
-from hf_geta.compress import compression_report
+from hf_geta.measure import compression_report
 from hf_geta.report import save_report
 
 SETTINGS = GETAConfig(group_sparsity=0.2, weight_bits=(4, 8), activation_bits=(6, 8))

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_geta import GETAConfig, finalize_model, prepare_model
-from hf_geta.compress import float_inputs, output_difference
+from hf_geta.measure import float_inputs, output_difference
 
 SIZES = {
     "vocab_size": 64,

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_geta import GETAConfig, GETATrainer, create_optimizer
-from hf_geta.compress import output_difference
+from hf_geta.measure import output_difference
 from hf_geta.report import load_report
 
 CONFIG = GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=4)

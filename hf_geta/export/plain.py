@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.manifest import read_manifest
 from hf_geta.checkpoint.models import first_line
-from hf_geta.compress import output_difference
 from hf_geta.graph.example_inputs import example_inputs
 from hf_geta.graph.fields import ConfigFields, Dim, agrees_with, format_path
 from hf_geta.graph.tracing import named_tensors
+from hf_geta.measure import output_difference
 
 # Both models multiply the same numbers; what differs is the order of sums, and less than the dtype's own rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}

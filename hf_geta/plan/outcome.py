@@ -12,12 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_geta.compress import cost_at, file_budget, preparation_of
+from hf_geta.compress import file_budget
 from hf_geta.graph.table import Tensors, group_parameters
+from hf_geta.measure import cost_at
 from hf_geta.optim.choice import choose_least_salient, nearest_reachable
 from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.quantizers import NumberedQuantizers
+from hf_geta.preparation import preparation_of
 from hf_geta.quantization.layers import quantized_layers
 from hf_geta.report.cost import FLOAT_BITS
 

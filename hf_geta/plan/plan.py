@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from hf_geta.compress import preparation_of
 from hf_geta.config import WIDTHS, GETAConfig
 from hf_geta.graph.qadg import QADG
 from hf_geta.graph.table import Tensors
@@ -17,6 +16,7 @@ from hf_geta.plan.memory import tensor_bytes
 from hf_geta.plan.outcome import Outcome, Outcomes
 from hf_geta.plan.run import Run
 from hf_geta.plan.skeleton import create_planned_optimizer, prepare_skeleton_
+from hf_geta.preparation import preparation_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model
-from hf_geta.compress import measure_compression, output_difference
+from hf_geta.measure import measure_compression, output_difference
 from hf_geta.optim.schedule import Stage
 from tests.optim.test_qasso import OPTIMIZERS, TOTAL_STEPS, batch, tiny_vit, train, weight_rows
 

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.optimization import Adafactor
 
 from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model
-from hf_geta.compress import measure_compression, output_difference
+from hf_geta.measure import measure_compression, output_difference
 from hf_geta.optim.schedule import Stage
 
 TOTAL_STEPS = 60

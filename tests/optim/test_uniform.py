@@ -9,9 +9,9 @@ import transformers
 
 from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model
 from hf_geta.checkpoint.prune import slice_
-from hf_geta.compress import measure_compression
 from hf_geta.export.formats import export_checkpoint
 from hf_geta.graph.example_inputs import example_inputs
+from hf_geta.measure import measure_compression
 from tests.optim.test_qasso import CONFIG, OPTIMIZERS, TOTAL_STEPS, batch, tiny_vit, train
 
 UNIFORM = CONFIG.to_dict() | {"uniform": True}

@@ -10,9 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageClassification, TrainerCallback, TrainingArguments
 
 from hf_geta import GETATrainer, finalize_model, prepare_model
-from hf_geta.compress import measure_compression, preparation_of
+from hf_geta.measure import measure_compression
 from hf_geta.plan.plan import make_plan
 from hf_geta.plan.run import read_run
+from hf_geta.preparation import preparation_of
 
 SHAPE = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512}
 GETA = {"weight_bits": [4, 6], "activation_bits": [4, 8], "group_sparsity": 0.4, "pruning_periods": 2}

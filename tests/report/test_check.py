@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_geta import GETAConfig, finalize_model, prepare_model
 from hf_geta.checkpoint.packing import pack_codes, unpack_codes
-from hf_geta.compress import compression_report
+from hf_geta.measure import compression_report
 from hf_geta.report import load_report, save_report
 from hf_geta.report.check import check_folder
 from hf_geta.report.folder import read_folder

@@ -45,13 +45,11 @@ def encoder_folder(tmp_path_factory, word_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def text_run(encoder_folder):
-    """The settings of a short run on a CPU, without data."""
+def short_run():
+    """The settings of a short run on a CPU, whatever the task: no model, no data."""
     return {
-        "model_name_or_path": encoder_folder,
         "do_train": True,
         "max_steps": 24,
-        "max_length": 16,
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 16,
         "learning_rate": 1e-3,
@@ -72,3 +70,9 @@ def text_run(encoder_folder):
             "calibration_batches": 2,
         },
     }
+
+
+@pytest.fixture(scope="session")
+def text_run(short_run, encoder_folder):
+    """A short run of the tiny encoder, without data."""
+    return short_run | {"model_name_or_path": encoder_folder, "max_length": 16}

@@ -15,7 +15,7 @@ from runs import COST_KEYS
 from hf_geta.report import load_report
 
 COUNT = 48
-CONFIG = {
+MODEL = {
     "model_type": "vit",
     "config_overrides": {
         "hidden_size": 16,
@@ -24,32 +24,11 @@ CONFIG = {
         "intermediate_size": 32,
         "patch_size": 4,
     },
-    "do_train": True,
-    "max_steps": 24,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 16,
-    "learning_rate": 1e-3,
-    "head_learning_rate": 1e-2,
-    "logging_steps": 6,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "geta": {
-        "group_sparsity": 0.5,
-        "weight_bits": [4, 8],
-        "activation_bits": [6, 8],
-        "pruning_periods": 2,
-        "warmup_steps": 4,
-        "projection_steps": 6,
-        "joint_steps": 8,
-        "calibration_batches": 2,
-    },
 }
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(short_run, tmp_path_factory):
     """A data set of bright and dark squares, and a config that trains on it."""
     folder = tmp_path_factory.mktemp("run")
     rng = np.random.default_rng(0)
@@ -60,7 +39,7 @@ def folder(tmp_path_factory):
     (folder / "data").mkdir()
     for split in ("train", "test"):
         datasets.Dataset.from_dict(columns, features=features).to_parquet(str(folder / "data" / f"{split}.parquet"))
-    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"data_dir": str(folder / "data")}))
+    (folder / "config.yaml").write_text(yaml.safe_dump(short_run | MODEL | {"data_dir": str(folder / "data")}))
     return folder
 
 

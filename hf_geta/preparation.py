@@ -1,0 +1,40 @@
+"""What a model carries with it while it is compressed, as its attribute `geta`: the targets and the pruning groups."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from hf_geta.config import GETAConfig
+from hf_geta.graph.qadg import QADG
+from hf_geta.graph.uniform import Family
+from hf_geta.quantization.quantizers import Quantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What `prepare_model` learned about a model; kept as its attribute `geta`."""
+
+    config: GETAConfig
+    qadg: QADG
+    families: tuple[Family, ...] | None = None  # with `config.uniform`
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether `prepare_model` has been here."""
+    return isinstance(getattr(model, "geta", None), Preparation)
+
+
+def preparation_of(model: nn.Module) -> Preparation:
+    """What `prepare_model` learned; ValueError if it has not been here."""
+    if not is_prepared(model):
+        raise ValueError("this model is not prepared: call prepare_model(model, config, inputs) first.")
+    return model.geta  # type: ignore[return-value]
+
+
+def prunable_parameters(model: nn.Module, remove_duplicate: bool = False) -> dict[str, nn.Parameter]:
+    """Every parameter that is not a quantizer's, by each of its names (or by its first)."""
+    owned = {id(p) for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    named = model.named_parameters(remove_duplicate=remove_duplicate)
+    return {name: p for name, p in named if id(p) not in owned}

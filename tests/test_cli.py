@@ -190,6 +190,29 @@ def test_verify_prints_the_command_that_measures_the_claim_again(compressed, cap
     assert run(capsys, "verify", compressed)[1].count("--data_dir") == 0
 
 
+def test_verify_counts_the_claim_among_the_checks_once_a_program_measures_it(compressed, tmp_path, capfd):
+    program = tmp_path / "measure.py"
+    program.write_text("import sys; print('measured', sys.argv[1:]); sys.exit(sys.argv[2] == '--worse')")
+    for flag, expected, last in (("--same", 0, "Everything holds."), ("--worse", 1, "1 of the checks failed.")):
+        status, out, _ = run(capfd, "verify", compressed, "--evaluate", program, flag)
+        assert status == expected
+        assert f"measured {[str(compressed), flag]}" in out
+        assert out.splitlines()[-1] == last
+
+
+@pytest.mark.parametrize("program", [["nowhere.py"], []])
+def test_verify_refuses_to_measure_with_a_program_that_is_not_there(compressed, program, capsys):
+    status, out, err = run(capsys, "verify", compressed, "--evaluate", *program)
+    assert (status, out) == (1, "")
+    assert "name a Python program" in err
+
+
+def test_a_dense_model_claims_nothing_to_measure(config_only, capsys):
+    status, _, err = run(capsys, "verify", config_only, "--evaluate", "scripts/evaluate_checkpoint.py")
+    assert status == 1
+    assert "is not compressed" in err
+
+
 # report
 
 

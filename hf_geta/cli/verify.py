@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +15,51 @@ from hf_geta.cli.search_space import add_command, find_search_space, import_rule
 
 def add_to(commands: Any) -> None:
     """The command and its options."""
-    add_command(
+    command = add_command(
         commands,
         "verify",
         verify,
         "does the pruned model compute what the masked one does? is a compressed folder what it says?",
         "Of a dense model: removes 40 % of the groups of all axes, on its own weights, and compares the outputs. Of a "
         "folder with a compressed one: its hashes, codes, widths and figures against config.json and its report; the "
-        "other options do not matter then.",
+        "options of the search space do not matter then.",
+    )
+    command.add_argument(
+        "--evaluate",
+        nargs=argparse.REMAINDER,
+        metavar=("PROGRAM", "..."),
+        help="of a compressed folder, the last option: measure the claim of its card, too, with this Python program, "
+        "called with the folder and whatever follows; its status 0 says that the claim holds. "
+        "scripts/evaluate_checkpoint.py is one",
     )
 
 
 def verify(options: argparse.Namespace) -> int:
     """Check a compressed folder, or run the law of the search space on a dense model with its weights."""
-    return _verify_compressed(options.model) if is_compressed(options.model) else _verify_law(options)
+    if is_compressed(options.model):
+        return _verify_compressed(options.model, options.evaluate)
+    if options.evaluate is not None:
+        raise ValueError(f"{options.model} is not compressed: it claims nothing that --evaluate could measure again.")
+    return _verify_law(options)
 
 
-def _verify_compressed(source: str) -> int:
+def _verify_compressed(source: str, evaluate: Sequence[str] | None) -> int:
     from hf_geta.report.check import check_folder
     from hf_geta.report.folder import read_folder
     from hf_geta.report.terminal import claims, evaluation_command
 
     if not Path(source).is_dir():
         raise ValueError(f"{source} is compressed: verify a folder of it (hf download {source} --local-dir DIR).")
+    if evaluate is not None and not Path(*evaluate[:1]).is_file():
+        raise ValueError(f"--evaluate {' '.join(evaluate)}: name a Python program, as scripts/evaluate_checkpoint.py.")
     contents, failed = read_folder(source), 0
     for check in check_folder(source):
         failed += not check.holds
         print(f"ok      {check.what}" if check.holds else f"FAILED  {check.what}: {check.problem}")
-    if command := evaluation_command(source, contents):
+    if evaluate:
+        print(f"\nclaimed: {claims(contents) or 'nothing'}", flush=True)
+        failed += subprocess.run([sys.executable, evaluate[0], source, *evaluate[1:]]).returncode != 0
+    elif command := evaluation_command(source, contents):
         print(f"\nclaimed: {claims(contents)}; measure it again with\n    {command}")
     print(f"\n{failed} of the checks failed." if failed else "\nEverything holds.")
     return 1 if failed else 0

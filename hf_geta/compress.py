@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_geta.agreement import agree_on_, agreed_object
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
@@ -52,7 +53,8 @@ def prepare_model(
 ) -> PreTrainedModel:
     """Make `model` trainable by QASSO, in place: quantized layers, calibrated ranges, pruning groups.
 
-    With `config.weight_bits=None` the layers stay in float and only the groups are found.
+    With `config.weight_bits=None` the layers stay in float and only the groups are found. Under torch.distributed every
+    process calls it, with batches of its own: all go on from rank 0's weights and groups, and one calibration.
 
     Args:
         model: a float model; its parameters stay the same objects, so optimizers and ties survive.
@@ -78,8 +80,9 @@ def prepare_model(
     for name, value in itertools.chain.from_iterable(batch.items() for batch in (inputs, *batches)):
         if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
             raise ValueError(f"{name} holds NaN: check the data and its preprocessing.")
+    agree_on_(itertools.chain(model.parameters(), model.buffers()))
     # tried on the weights, so that a wrong graph never costs a training run
-    preparation = find_groups(model, config, inputs, verify=True)
+    preparation = agreed_object(find_groups(model, config, inputs, verify=True))
     if config.weight_bits is not None:
         with contextlib.ExitStack() as undo:
             undo.callback(restore_modules_, model)  # refused: the model as it came, for other data may do

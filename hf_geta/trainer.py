@@ -7,7 +7,6 @@ compression's state to the logs, and saves the finalized model. Without a `geta_
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import tempfile
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
 
@@ -24,6 +22,7 @@ from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.checkpoint.names import own_tensor_names
 from hf_geta.compress import create_optimizer, finalize_model, prepare_model
 from hf_geta.config import GETAConfig
+from hf_geta.first_batches import first_batches
 from hf_geta.hub import card_fields, describe_training, pickled_without_token, push_while_training
 from hf_geta.measure import compression_report, float_inputs, measure_compression, output_difference
 from hf_geta.optim.pricing import Pricing
@@ -138,22 +137,26 @@ class GETATrainer(DistillingTrainer):
         return optimizer if isinstance(optimizer, QASSO) else None
 
     def _calibration_batches(self, count: int) -> list[dict[str, Any]]:
-        """The first batches of a shuffled pass over the training data, without labels."""
+        """This process's share of the first batches of a shuffled pass over the training data, without labels.
+
+        Together they are the first `count` batches of the size that all processes train on in a step.
+        """
         batches = self._first_batches(count)
         return [{key: value for key, value in batch.items() if key not in self.label_names} for batch in batches]
 
     def _first_batches(self, count: int) -> list[dict[str, Any]]:
         if self.train_dataset is None:
             raise ValueError("GETATrainer sets the activation ranges from training data: pass train_dataset.")
-        shuffled = not isinstance(self.train_dataset, IterableDataset)
-        loader = DataLoader(
+        found = first_batches(
             self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            shuffle=shuffled,
-            generator=torch.Generator().manual_seed(self.args.seed),
-            collate_fn=self._get_collator_with_removed_columns(self.data_collator, "calibration"),
+            self._get_collator_with_removed_columns(self.data_collator, "calibration"),
+            self.args.per_device_train_batch_size,
+            count,
+            self.args.seed,
+            self.args.world_size,
+            self.args.process_index,
         )
-        batches = [self._prepare_inputs(batch) for batch in itertools.islice(loader, count)]
+        batches = [self._prepare_inputs(batch) for batch in found]
         if not batches:
             raise ValueError("the training dataset is empty: there is nothing to calibrate or to train on.")
         return batches

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from hf_geta.agreement import agreed
 from hf_geta.config import GETAConfig
 from hf_geta.optim.budget import Budget
 from hf_geta.optim.clips import move_clips_
@@ -159,9 +159,9 @@ class QASSO(OptimizerWrapper):
             self._end_period()
 
     def _begin_period(self, index: int) -> None:
-        self.redundant = _agreed(self.targets.decide(index, self.removed).to(self.removed.device))
+        self.redundant = agreed(self.targets.decide(index, self.removed).to(self.removed.device))
         if self.targets.ceilings is not None:
-            self.targets.ceilings = _agreed(self.targets.ceilings)
+            self.targets.ceilings = agreed(self.targets.ceilings)
             self._move_widths_(self.targets.ceilings, self.targets.ceilings)  # wider ones, too
         self._cache_index_sets()
 
@@ -225,7 +225,7 @@ class QASSO(OptimizerWrapper):
     def _cooldown_step(self) -> None:
         if self.final_bits is None:
             self.targets.observe()
-            self.final_bits = _agreed(self.targets.final_bits(self.removed))
+            self.final_bits = agreed(self.targets.final_bits(self.removed))
             self._move_widths_(self.final_bits, self.final_bits)
         self.widths.fold_step_size_gradients_()
         self.base.step()
@@ -279,15 +279,6 @@ class QASSO(OptimizerWrapper):
         self.final_bits = own["final_bits"].to(device, copy=True) if "final_bits" in own else None
         self.targets.load_state_dict(own["targets"])
         self._cache_index_sets()
-
-
-def _agreed(values: Tensor) -> Tensor:
-    """Rank 0's choice on every rank: sums on a device may differ in their last bit, and so may a ranking by them."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    message = values.to(torch.uint8)  # flags, or whole widths
-    dist.broadcast(message, src=0)
-    return message.to(values.dtype)
 
 
 def _separate_quantizer_parameters_(base: torch.optim.Optimizer, quantizers: Sequence[Quantizer], lr: float) -> None:

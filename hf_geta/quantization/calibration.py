@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_geta.agreement import is_distributed
 from hf_geta.quantization.histogram import MagnitudeHistogram
 from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
@@ -162,7 +163,7 @@ def _is_fresh(norm: nn.modules.batchnorm._BatchNorm) -> bool:
 
 def _reduce(statistics: dict[str, _InputStatistics], layers: Mapping[str, QuantizedLayer]) -> None:
     """Adds up the processes of a distributed run, so that all choose the same grids."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return
     for name, layer in layers.items():
         own = statistics.get(name) or _InputStatistics(layer)

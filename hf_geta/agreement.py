@@ -1,0 +1,51 @@
+"""What the processes of a distributed run must agree on: rank 0 decides, and all do the same.
+
+Sums on a device may differ in their last bit from process to process, and so may a ranking by them; and a program may
+have started its processes from different random weights. Without torch.distributed everything is as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether there are other processes to agree with."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def agreed(values: Tensor) -> Tensor:
+    """Rank 0's flags, or whole numbers up to 255, on every rank: one message of a byte each."""
+    if not is_distributed():
+        return values
+    message = values.to(torch.uint8)
+    dist.broadcast(message, src=0)
+    return message.to(values.dtype)
+
+
+def agreed_object(value: T) -> T:
+    """Rank 0's object, which is pickled, on every rank."""
+    if not is_distributed():
+        return value
+    objects = [value]
+    dist.broadcast_object_list(objects, src=0)
+    return objects[0]
+
+
+@torch.no_grad()
+def agree_on_(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the numbers that the tensors hold on rank 0, as DDP does when it wraps a model."""
+    if not is_distributed():
+        return
+    for tensor in tensors:
+        message = tensor.detach().contiguous()
+        dist.broadcast(message, src=0)
+        if message.data_ptr() != tensor.data_ptr():
+            tensor.copy_(message)

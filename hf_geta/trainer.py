@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
 
+from hf_geta.agreement import is_distributed
 from hf_geta.checkpoint.directory import replace_files
 from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.checkpoint.names import own_tensor_names
@@ -87,6 +89,12 @@ class GETATrainer(DistillingTrainer):
             raise ValueError(
                 "GETATrainer compresses on one device or under DDP; with FSDP or DeepSpeed the parameters are in "
                 "pieces, which QASSO does not handle yet: launch with a DDP configuration."
+            )
+
+        if is_distributed() and dist.get_world_size() != self.args.world_size:
+            raise ValueError(
+                f"{dist.get_world_size()} processes were launched, TrainingArguments know of {self.args.world_size}: each "
+                "would train and save by itself. Without a GPU, write use_cpu=True."
             )
 
     # -- before the first step ------------------------------------------------------------------------------------

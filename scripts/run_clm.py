@@ -14,7 +14,7 @@ from typing import Any
 
 from perplexity import evaluate_perplexity
 from run_arguments import parse_run
-from runs import ModelArguments, measure, train, trained_folder, write_report
+from runs import ModelArguments, leave_processes, measure, train, trained_folder, write_report
 from token_blocks import BlockArguments, block_size_of, load_texts, stacked, token_blocks
 from transformers import (
     AutoConfig,
@@ -59,3 +59,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    leave_processes()

@@ -18,7 +18,7 @@ from classification import accuracy_of_prediction, evaluate_accuracy
 from image_models import ModelArguments, load_model, load_processor
 from images import DataArguments, ImageDataset, load_splits
 from run_arguments import parse_run
-from runs import measure, train, trained_folder, write_report
+from runs import leave_processes, measure, train, trained_folder, write_report
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, TrainingArguments, set_seed
 
@@ -55,3 +55,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    leave_processes()

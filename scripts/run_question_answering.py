@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from questions import BOOKKEEPING, QuestionArguments, load_questions, load_tokenizer, ranked_answers, windows_of
 from run_arguments import parse_run
-from runs import ModelArguments, measure, train, trained_folder, write_report
+from runs import ModelArguments, leave_processes, measure, train, trained_folder, write_report
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -105,3 +105,4 @@ def score_answers(answers: Answers, examples: datasets.Dataset) -> dict[str, flo
 
 if __name__ == "__main__":
     main()
+    leave_processes()

@@ -20,7 +20,7 @@ import evaluate
 import splits
 import torch
 from run_arguments import parse_run
-from runs import ModelArguments, measure, train, trained_folder, write_report
+from runs import ModelArguments, leave_processes, measure, train, trained_folder, write_report
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -131,3 +131,4 @@ def generate_texts(
 
 if __name__ == "__main__":
     main()
+    leave_processes()

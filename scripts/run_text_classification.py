@@ -14,7 +14,7 @@ from typing import Any
 
 from classification import accuracy_of_prediction, evaluate_accuracy
 from run_arguments import parse_run
-from runs import ModelArguments, measure, train, trained_folder, write_report
+from runs import ModelArguments, leave_processes, measure, train, trained_folder, write_report
 from texts import TextArguments, load_texts
 from torch.utils.data import DataLoader
 from transformers import (
@@ -68,3 +68,4 @@ def load_classifier(name: str, classes: list[str]) -> PreTrainedModel:
 
 if __name__ == "__main__":
     main()
+    leave_processes()

@@ -6,6 +6,7 @@ A program brings its arguments, its data, its Auto class and the scores of its t
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import statistics
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -82,6 +84,7 @@ def train(
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.accelerator.wait_for_everyone()  # the main process saves, and all load what it saved
     return trainer
 
 
@@ -143,10 +146,14 @@ def write_report(
 ) -> None:
     """report.json in `args.output_dir`, {"dense" or "compressed": entry}; a run's own figures go on its card, too.
 
+    Of several processes the main one writes.
+
     Args:
         claim: what the card says of the data, and how the figures are measured again.
         trainer: of the run; it publishes the card again where it published the model.
     """
+    if args.process_index > 0:
+        return
     report = load_report(folder)
     name = "compressed" if report else "dense"
     if report and trainer is not None:
@@ -157,6 +164,14 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     replace_text(output / "report.json", json.dumps({name: entry}, indent=2) + "\n")
     print(metrics_table({name: entry}))
+
+
+def leave_processes() -> None:
+    """Ends a program that ran in several processes: none leaves while another one writes, or the launcher kills it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        gc.collect()  # gloo aborts a process that ends with a group in use, as a trainer not yet collected does
+        dist.destroy_process_group()
 
 
 @torch.no_grad()

@@ -20,6 +20,9 @@ from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForIm
 
 from hf_geta import GETAConfig, GETATrainer
 
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+from runs import leave_processes
+
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
 IMAGES = {"image_size": 28, "patch_size": 7, "num_channels": 1, "num_labels": 10}
 RESUMED_STEP = 18  # inside a pruning period
@@ -126,8 +129,7 @@ def main(folder, *names):
         result = train(variation, folder, checkpoint or None)
         if int(os.environ.get("RANK", 0)) == 0:
             torch.save(result, Path(folder) / f"{variation}{'-resumed' if checkpoint else ''}.pt")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ class GETATrainer(DistillingTrainer):
 
         if is_distributed() and dist.get_world_size() != self.args.world_size:
             raise ValueError(
-                f"{dist.get_world_size()} processes were launched, TrainingArguments know of {self.args.world_size}: each "
-                "would train and save by itself. Without a GPU, write use_cpu=True."
+                f"{dist.get_world_size()} processes were launched, TrainingArguments know of {self.args.world_size}: "
+                "each would train and save by itself. Without a GPU, write use_cpu=True."
             )
 
     # -- before the first step ------------------------------------------------------------------------------------

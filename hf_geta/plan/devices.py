@@ -16,10 +16,11 @@ from hf_geta.graph.capture import TRACING_ERRORS
 from hf_geta.optim.qasso import QASSO
 from hf_geta.plan.memory import OptimizerMemory, PassMemory, measure_optimizer, measure_pass, tensor_bytes
 from hf_geta.plan.run import Run
+from hf_geta.quantization.histogram import MagnitudeHistogram
 from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
 
-# What forgetting holds of every redundant entry: its index, and at most so many float32 vectors in one expression.
+# What is held of every redundant entry: its index, and while it is forgotten at most so many float32 numbers.
 INDEX_BYTES, FORGETTING_VECTORS = 8, 12
 
 Measured = TypeVar("Measured", OptimizerMemory, PassMemory)
@@ -34,6 +35,7 @@ class Memory:
         buckets: DDP's copy of the gradients.
         optimizer: the base optimizer's state.
         search_space: QASSO's own: which group owns what, scores, flags.
+        redundant: the indices of a pruning period's redundant entries.
         activations: what a forward leaves for the backward.
         optimizer_step: what an optimizer step of the joint stage holds beside all that stays.
         peak: the most at once.
@@ -44,6 +46,7 @@ class Memory:
     buckets: int
     optimizer: int | None
     search_space: int
+    redundant: int
     activations: int | None
     optimizer_step: int | None
     peak: int | None
@@ -57,14 +60,19 @@ class Communication:
     Attributes:
         gradients: all-reduced in each step without compression.
         quantizer_gradients: in addition, those of the quantizers.
-        clips: broadcast in each forward: what calibration saw, buffers of the input quantizers.
-        decision: broadcast at the start of each pruning period.
+        buffers: broadcast in each forward: what calibration saw. None with `ddp_broadcast_buffers=False`.
+        decision: broadcast at the start of each pruning period, in `decision_messages`.
+        final_widths: broadcast once, at the start of the cool-down.
+        calibration: all-reduced once, before the first step.
     """
 
     gradients: int
     quantizer_gradients: int
-    clips: int
+    buffers: int
     decision: int
+    decision_messages: int
+    final_widths: int
+    calibration: int
 
 
 def plan_memory(run: Run, qasso: QASSO, inputs: Mapping[str, Tensor], processes: int, forgotten: float) -> Memory:
@@ -86,6 +94,7 @@ def plan_memory(run: Run, qasso: QASSO, inputs: Mapping[str, Tensor], processes:
         buckets=gradients if processes > 1 else 0,
         optimizer=base.state if base else None,
         search_space=_search_space_bytes(qasso),
+        redundant=round(forgotten * INDEX_BYTES),
         activations=one_pass.activations if one_pass else None,
         optimizer_step=None,
         peak=None,
@@ -93,10 +102,10 @@ def plan_memory(run: Run, qasso: QASSO, inputs: Mapping[str, Tensor], processes:
     )
     if base is None or one_pass is None:
         return memory
-    forgetting = round(forgotten * (INDEX_BYTES + 4 * FORGETTING_VECTORS))
+    forgetting = round(forgotten * 4 * FORGETTING_VECTORS)
     step = max(base.temporary, _observation_bytes(qasso), forgetting)
     passing = one_pass.peak + (gradients if accumulates else 0)
-    stays = memory.weights + memory.buckets + base.state + memory.search_space
+    stays = memory.weights + memory.buckets + base.state + memory.search_space + memory.redundant
     return dataclasses.replace(memory, optimizer_step=step, peak=stays + max(passing, gradients + step))
 
 
@@ -123,11 +132,21 @@ def _observation_bytes(qasso: QASSO) -> int:
 def plan_communication(model: nn.Module, qasso: QASSO, gradients: int) -> Communication:
     """What a prepared model with its optimizer sends, beside the `gradients` of the float model."""
     quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
-    inputs = {id(layer.input_quantizer) for layer in quantized_layers(model).values() if layer.input_quantizer}
-    widths = 0 if qasso.targets.ceilings is None else len(qasso.widths.quantizers)  # a byte each, as each group's flag
+    layers = [layer for layer in quantized_layers(model).values() if not isinstance(layer, nn.Embedding)]
+    inputs = {id(layer.input_quantizer) for layer in layers if layer.input_quantizer}
+    weighed = {id(layer.weight_quantizer): layer for layer in layers}.values()  # each has one power of its inputs
+    powers = (layer.spread_over_weight(torch.empty(layer.input_features, device="meta")) for layer in weighed)
+    histogram = MagnitudeHistogram(torch.device("meta"))
+    prices = qasso.targets.ceilings is not None
+    widths = len(qasso.widths.quantizers)  # a byte each, as each group's flag
     return Communication(
         gradients=gradients,
         quantizer_gradients=tensor_bytes(p for quantizer in quantizers for p in quantizer.parameters()),
-        clips=len(inputs) * 4 * (MAX_BITS + 1),
-        decision=qasso.space.num_groups + widths,
+        buffers=len(inputs) * 4 * (MAX_BITS + 1) + tensor_bytes(powers),
+        decision=qasso.space.num_groups + widths * prices,
+        decision_messages=1 + prices,
+        final_widths=widths,
+        calibration=sum(
+            4 * layer.input_features + tensor_bytes([histogram.counts, histogram.extremes]) for layer in layers
+        ),
     )

@@ -114,22 +114,38 @@ def _memory(plan: Plan, memory: Memory) -> str:
         rows.append(("DDP's copy of the gradients", format_bytes(memory.buckets)))
     rows.append((f"states of {plan.optimizer}", _known(memory.optimizer)))
     rows.append(("pruning groups of QASSO", format_bytes(memory.search_space)))
+    rows.append(("entries that a period forgets", format_bytes(memory.redundant)))
     rows.append((f"activations of a batch, {plan.precision}", _known(memory.activations)))
     rows.append(("an optimizer step beside all that", _known(memory.optimizer_step)))
     rows.append(("peak", _known(memory.peak)))
     why = f"\nUnknown here: {memory.unknown}" if memory.unknown else ""
-    return f"{_table(rows, left=1)}\n({ESTIMATE}){why}"
+    sharded = f"\n{line}" if (line := _sharded(plan, memory)) else ""
+    return f"{_table(rows, left=1)}\n({ESTIMATE}){why}{sharded}"
 
 
 def _known(size: int | None) -> str:
     return "?" if size is None else format_bytes(size)
 
 
-def _communication(sent: Communication) -> str:
+def _sharded(plan: Plan, memory: Memory) -> str:
+    """What would be left of what DDP keeps whole on each device, if its processes shared it (FSDP, ZeRO)."""
+    if plan.communication is None or memory.optimizer is None:
+        return ""
+    whole = memory.weights + memory.gradients + memory.optimizer
     return (
-        f"Each step all-reduces {format_bytes(sent.gradients)} of gradients without compression, and with it "
-        f"{format_bytes(sent.quantizer_gradients)} more, with {format_bytes(sent.clips)} broadcast in a forward; each "
-        f"pruning period broadcasts {format_bytes(sent.decision)}."
+        f"Sharded over {plan.processes} devices, weights, gradients and states would take "
+        f"{format_bytes(whole / plan.processes)} of each instead of {format_bytes(whole)}, without a copy of gradients."
+    )
+
+
+def _communication(sent: Communication) -> str:
+    size = {name: format_bytes(count) for name, count in dataclasses.asdict(sent).items()}
+    messages = "1 message" if sent.decision_messages == 1 else f"{sent.decision_messages} messages"
+    return (
+        f"Each step all-reduces {size['gradients']} of gradients without compression, and with it "
+        f"{size['quantizer_gradients']} more; its forward broadcasts {size['buffers']} (0 B with "
+        f"ddp_broadcast_buffers: false). Each pruning period broadcasts {size['decision']} in {messages}, the "
+        f"cool-down {size['final_widths']} once. Calibration all-reduces {size['calibration']} before the first step."
     )
 
 

@@ -1,0 +1,100 @@
+"""What QASSO sends is what the plan says, counted message by message among 1,024 processes that are not there."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_geta import GETAConfig, create_optimizer, prepare_model
+from hf_geta.plan.plan import make_plan
+from hf_geta.plan.run import read_run
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+SHAPE = {**SIZES, "image_size": 8, "patch_size": 4, "num_channels": 1}
+PERIODS = 4
+WIDTHS = {"weight_bits": [3, 6], "activation_bits": [4, 8], "pruning_periods": PERIODS}
+TARGETS = {"share": {"group_sparsity": 0.5, **WIDTHS}, "budget": {"target_bops": 0.02, **WIDTHS}}
+
+
+class Messages(TorchDispatchMode):
+    """While active, notes every collective as (name, bytes), whoever starts it."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            self.sent.append((func.__name__.split("_")[0], sum(t.numel() * t.element_size() for t in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def many_processes():
+    """Rank 0 of 1,024; what it sends goes nowhere."""
+    dist.init_process_group("fake", rank=0, world_size=1024, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    file = tmp_path_factory.mktemp("plan") / "run.yaml"
+    values = {"model_type": "vit", "config_overrides": SHAPE, "max_steps": 40}
+    found = {}
+    for name, targets in TARGETS.items():
+        file.write_text(json.dumps({**values, "geta": targets}))
+        found[name] = make_plan(read_run(file), processes=1024).communication
+    return found
+
+
+def messages_of_a_run(targets, steps):
+    """The messages of preparation; of each forward; the bytes of each gradient bucket; the messages of each step."""
+    torch.manual_seed(0)
+    model, pixels = ViTForImageClassification(ViTConfig(**SHAPE)), torch.randn(6, 1, 8, 8)
+    with Messages() as preparation:
+        prepare_model(model, GETAConfig(**targets), {"pixel_values": pixels})
+    wrapped, buckets = DistributedDataParallel(model), []
+
+    def note(_, bucket):
+        buckets.append(4 * bucket.buffer().numel())
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    wrapped.register_comm_hook(None, note)
+    optimizer = create_optimizer(model, torch.optim.SGD(model.parameters(), lr=1e-2), steps)
+    forwards, in_steps = [], []
+    for _ in range(steps):
+        with Messages() as forward:
+            loss = wrapped(pixel_values=pixels).logits.square().sum()
+        loss.backward()
+        with Messages() as step:
+            optimizer.step()
+        optimizer.zero_grad()
+        forwards.append(forward.sent)
+        in_steps += step.sent
+    assert len(buckets) == steps  # of so small a model
+    return preparation.sent, forwards[-1], buckets[-1], in_steps
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_run_sends_what_its_plan_says_however_long_it_is(name, plans, many_processes):
+    plan = plans[name]
+    for steps in (40, 80):
+        preparation, forward, bucket, in_steps = messages_of_a_run(TARGETS[name], steps)
+        assert bucket == plan.gradients + plan.quantizer_gradients
+        assert forward == [("broadcast", plan.buffers)]
+        assert sum(size for kind, size in preparation if kind == "allreduce") == plan.calibration
+        *decisions, final = in_steps
+        assert {kind for kind, _ in in_steps} == {"broadcast"}
+        assert len(decisions) == PERIODS * plan.decision_messages
+        assert sum(size for _, size in decisions) == PERIODS * plan.decision
+        assert final == ("broadcast", plan.final_widths)

@@ -1,0 +1,82 @@
+"""Rank 0 decides for all: ranks whose sums differ in their last bits would otherwise prune different groups."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_geta import GETAConfig, create_optimizer, prepare_model
+
+STEPS, NODES, RANKS = 30, 128, (0, 8, 512, 1023)  # of 1,024 ranks on 128 nodes
+WIDTHS = {"weight_bits": [3, 6], "activation_bits": [4, 8], "pruning_periods": 3, "projection_steps": 5}
+TARGETS = {
+    "share": GETAConfig(group_sparsity=0.5, **WIDTHS),
+    "budget": GETAConfig(target_bops=0.02, **WIDTHS),
+}
+
+
+class Exchange:
+    """`dist.broadcast` for ranks that run one after the other, rank 0 first."""
+
+    def __init__(self):
+        self.rank, self.messages, self.position = 0, [], 0
+
+    def start(self, rank):
+        self.rank, self.position = rank, 0
+
+    def broadcast(self, message, src):
+        assert src == 0
+        if self.rank == 0:
+            self.messages.append(message.clone())
+        message.copy_(self.messages[self.position])
+        self.position += 1
+
+
+def prepared(config):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1))
+    return prepare_model(model, config, {"pixel_values": torch.randn(4, 1, 8, 8)})
+
+
+def reduced_gradient(size, step, order):
+    """The gradient of one step, (size,), from the sums of all nodes, accumulated in bfloat16 in this order."""
+    draw = torch.Generator().manual_seed(step)
+    shared = torch.randn(size, generator=draw)  # what the nodes' batches have in common
+    nodes = (shared + torch.randn(len(order), size, generator=draw)).bfloat16()
+    total = torch.zeros_like(nodes[0])
+    for node in order.tolist():
+        total += nodes[node]
+    return total.float() / len(order)
+
+
+def decisions(model, rank):
+    """(the groups that are removed at the end, the final widths) of a run on `rank`."""
+    model = copy.deepcopy(model)
+    optimizer = create_optimizer(model, torch.optim.SGD(model.parameters(), lr=1e-2), STEPS)
+    order = torch.randperm(NODES, generator=torch.Generator().manual_seed(rank))
+    parameters = list(model.parameters())
+    sizes = [parameter.numel() for parameter in parameters]
+    for step in range(STEPS):
+        gradient = reduced_gradient(sum(sizes), step, order)
+        for parameter, part in zip(parameters, gradient.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        optimizer.step()
+    return optimizer.removed.tolist(), optimizer.final_bits.tolist()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_ranks_that_sum_in_another_order_decide_as_rank_0_does(name, monkeypatch):
+    model, exchange = prepared(TARGETS[name]), Exchange()
+    alone = [decisions(model, rank) for rank in RANKS]
+    assert any(one != alone[0] for one in alone[1:])  # or there is nothing to agree about
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "broadcast", exchange.broadcast)
+    together = []
+    for rank in RANKS:
+        exchange.start(rank)
+        together.append(decisions(model, rank))
+    assert together == [alone[0]] * len(RANKS)
+    assert exchange.position == len(exchange.messages) > 0

@@ -227,11 +227,13 @@ class GETATrainer(DistillingTrainer):
         if self.qasso is not None and (
             self.stage is not Stage.COOLDOWN or int(self.qasso.removed.sum()) != self.qasso.groups_to_remove
         ):
+            skipped = self.state.global_step - self.qasso.step_count
             logger.warning(
-                "the run ended in its %s stage, after %d of %d planned optimizer steps: %d of %d groups are removed.",
+                "the run ended in its %s stage, after %d of %d planned optimizer steps%s: %d of %d groups are removed.",
                 self.stage.label,
                 self.qasso.step_count,
                 self.qasso.schedule.total_steps,
+                f" ({skipped} were skipped, since gradients overflowed)" if skipped > 0 else "",
                 int(self.qasso.removed.sum()),
                 self.qasso.groups_to_remove,
             )

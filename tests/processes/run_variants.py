@@ -23,13 +23,14 @@ from hf_geta import GETAConfig, GETATrainer
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from runs import leave_processes
 
-SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+SIZES = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
 IMAGES = {"image_size": 28, "patch_size": 7, "num_channels": 1, "num_labels": 10}
 RESUMED_STEP = 18  # inside a pruning period
 STEPS, GLOBAL_BATCH, PERIODS = 40, 16, 4
 SHARE = GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=PERIODS)
 BUDGET = GETAConfig(target_bops=0.01, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=PERIODS)
 SGD, ADAMW = {"optim": "sgd", "learning_rate": 0.05}, {"optim": "adamw_torch", "learning_rate": 3e-3}
+CHECKPOINTING = {"gradient_checkpointing": True}
 
 # name -> (targets, images, changes of TrainingArguments)
 VARIATIONS = {
@@ -37,6 +38,14 @@ VARIATIONS = {
     "budget": (BUDGET, 160, ADAMW | {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}),
     "stream": (SHARE, 160, SGD),
     "uneven": (SHARE, 100, ADAMW | {"bf16": True}),
+    # the same run, computed in other ways
+    "compiled": (SHARE, 160, SGD | {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
+    "checkpointed": (SHARE, 160, SGD | {"gradient_checkpointing": True}),
+    "reentrant": (
+        SHARE,
+        160,
+        SGD | {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ),
 }
 
 
@@ -120,7 +129,8 @@ def train(name, folder, checkpoint=None):
     if changes.get("bf16"):
         trainer.save_model(Path(folder) / "small")
     groups = [removed for removed, _ in periods.digests]
-    return {"processes": processes, "groups": groups, "weights": trainer.model.state_dict()}
+    compiled = isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
+    return {"processes": processes, "compiled": compiled, "groups": groups, "weights": trainer.model.state_dict()}
 
 
 def main(folder, *names):

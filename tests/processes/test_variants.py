@@ -1,4 +1,7 @@
-"""Several processes end as one process does, with the same global batch: real launches of `run_variants.py`."""
+"""A run ends the same on several processes with the same global batch, resumed on others, or computed in another way.
+
+Real launches of `run_variants.py`, compared with runs of a single process, which is this one.
+"""
 
 import os
 import subprocess
@@ -38,7 +41,7 @@ def ended(tmp_path_factory):
     results = {(1, name): run_variants.train(name, folders[1]) for name in ("share", "budget", "stream")}
     resumed = f"share@{folders[1] / 'share' / CHECKPOINT}"
     launch(ACCELERATE, folders[2], "share", "budget", "stream", "uneven", resumed)
-    launch(TORCHRUN, folders[4], "share", "uneven")
+    launch(TORCHRUN, folders[4], "share")
     for processes in (2, 4):
         for file in folders[processes].glob("*.pt"):
             results[processes, file.stem] = torch.load(file, weights_only=False)
@@ -66,6 +69,16 @@ def test_several_processes_end_as_one_with_the_same_global_batch(ended, processe
     assert len(results[1, name]["groups"]) == run_variants.PERIODS
 
 
+@pytest.mark.parametrize("name", ["compiled", "checkpointed", "reentrant"])
+def test_compiled_or_with_checkpointing_a_run_ends_the_same(ended, name, tmp_path, monkeypatch):
+    for variable in ("BACKEND", "MODE", "USE_FULLGRAPH", "USE_DYNAMIC"):  # which TrainingArguments sets for good
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{variable}", "")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{variable}")
+    ours = run_variants.train(name, tmp_path)
+    assert ours["compiled"] == (name == "compiled")
+    check_same(ours, ended[0][1, "share"])
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_resumes_on_another_number_of_processes(ended, processes):
     """From a checkpoint inside a pruning period, of two processes and of one."""
@@ -74,10 +87,9 @@ def test_a_run_resumes_on_another_number_of_processes(ended, processes):
     check_same(results[processes, "share-resumed"], results[1, "share"])
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_with_uneven_batches_in_bfloat16_agree_and_save_one_small_model(ended, processes):
+def test_processes_with_uneven_batches_in_bfloat16_agree_and_save_one_small_model(ended):
     """Where batches are filled up, one process has others: here the program itself compares the processes."""
     results, folders = ended
-    assert len(results[processes, "uneven"]["groups"]) == run_variants.PERIODS
-    model = AutoModelForImageClassification.from_pretrained(folders[processes] / "small")
+    assert len(results[2, "uneven"]["groups"]) == run_variants.PERIODS
+    model = AutoModelForImageClassification.from_pretrained(folders[2] / "small")
     assert model.config.quantization_config.quant_method == "geta"

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import ViTConfig, ViTForImageClassification
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
-from hf_geta import GETAConfig, create_optimizer, prepare_model
+from hf_geta import GETAConfig, GETATrainer, create_optimizer, prepare_model
 
 STEPS, NODES, RANKS = 30, 128, (0, 8, 512, 1023)  # of 1,024 ranks on 128 nodes
 WIDTHS = {"weight_bits": [3, 6], "activation_bits": [4, 8], "pruning_periods": 3, "projection_steps": 5}
@@ -80,3 +81,14 @@ def test_ranks_that_sum_in_another_order_decide_as_rank_0_does(name, monkeypatch
         together.append(decisions(model, rank))
     assert together == [alone[0]] * len(RANKS)
     assert exchange.position == len(exchange.messages) > 0
+
+
+def test_processes_that_trainer_does_not_know_of_are_refused(tmp_path):
+    """Each would train by itself, and all would save into one folder."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+        with pytest.raises(ValueError, match="2 processes were launched, TrainingArguments know of 1"):
+            GETATrainer(model=prepared(TARGETS["share"]), args=arguments, geta_config=TARGETS["share"])
+    finally:
+        dist.destroy_process_group()

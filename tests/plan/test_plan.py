@@ -13,6 +13,7 @@ from hf_geta import GETATrainer, finalize_model, prepare_model
 from hf_geta.measure import measure_compression
 from hf_geta.plan.plan import make_plan
 from hf_geta.plan.run import read_run
+from hf_geta.plan.text import format_plan
 from hf_geta.preparation import preparation_of
 
 SHAPE = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512}
@@ -149,4 +150,7 @@ def test_more_processes_take_fewer_steps_and_a_copy_of_the_gradients(file, plan)
     sent = shared.communication
     assert sent.gradients + sent.quantizer_gradients == shared.memory.gradients
     assert sent.decision == shared.groups
+    forgotten = shared.dense.parameters - shared.ends[0].parameters
+    assert shared.memory.redundant == pytest.approx(8 * forgotten / GETA["pruning_periods"], abs=1)  # an int64 for each
+    assert "Sharded over 2 devices" in format_plan(shared)
     assert plan.communication is None

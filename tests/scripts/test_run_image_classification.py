@@ -1,6 +1,10 @@
 """Laws of a whole run: from a YAML file to a compressed model that a fresh load evaluates alike."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import evaluate_checkpoint
@@ -14,6 +18,7 @@ from runs import COST_KEYS
 
 from hf_geta.report import load_report
 
+ROOT = Path(__file__).parents[2]
 COUNT = 48
 MODEL = {
     "model_type": "vit",
@@ -110,3 +115,15 @@ def test_the_report_says_how_its_figures_are_measured_again(runs, folder):
 def test_evaluation_without_a_model_is_refused(folder):
     with pytest.raises(ValueError, match="model_name_or_path"):
         run_image_classification.main(["--config", str(folder / "config.yaml"), "--do_train", "false"])
+
+
+def test_two_processes_measure_the_saved_model_and_write_one_report(folder):
+    """As `accelerate launch` starts them: none reads what is still being written, or ends before the others."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "configs/accelerate/cpu_2_processes.yaml"]
+    program = [run_image_classification.__file__, "--config", folder / "config.yaml", "--use_cpu", "true"]
+    command = [sys.executable, *launcher, *program, "--output_dir", folder / "two"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Accuracy") == 1
+    entry = json.loads((folder / "two" / "report.json").read_text())["compressed"]
+    assert entry["group_sparsity"] == pytest.approx(0.5)

@@ -90,7 +90,6 @@ class GETATrainer(DistillingTrainer):
                 "GETATrainer compresses on one device or under DDP; with FSDP or DeepSpeed the parameters are in "
                 "pieces, which QASSO does not handle yet: launch with a DDP configuration."
             )
-
         if is_distributed() and dist.get_world_size() != self.args.world_size:
             raise ValueError(
                 f"{dist.get_world_size()} processes were launched, TrainingArguments know of {self.args.world_size}: "

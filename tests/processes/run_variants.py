@@ -30,22 +30,19 @@ STEPS, GLOBAL_BATCH, PERIODS = 40, 16, 4
 SHARE = GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=PERIODS)
 BUDGET = GETAConfig(target_bops=0.01, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=PERIODS)
 SGD, ADAMW = {"optim": "sgd", "learning_rate": 0.05}, {"optim": "adamw_torch", "learning_rate": 3e-3}
+CLIPPED = {"max_grad_norm": 0.5, "ddp_broadcast_buffers": False}
 CHECKPOINTING = {"gradient_checkpointing": True}
 
 # name -> (targets, images, changes of TrainingArguments)
 VARIATIONS = {
     "share": (SHARE, 160, SGD | {"save_strategy": "steps", "save_steps": RESUMED_STEP}),
-    "budget": (BUDGET, 160, ADAMW | {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}),
+    "budget": (BUDGET, 160, ADAMW | CLIPPED | {"gradient_accumulation_steps": 2}),
     "stream": (SHARE, 160, SGD),
     "uneven": (SHARE, 100, ADAMW | {"bf16": True}),
     # the same run, computed in other ways
     "compiled": (SHARE, 160, SGD | {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
-    "checkpointed": (SHARE, 160, SGD | {"gradient_checkpointing": True}),
-    "reentrant": (
-        SHARE,
-        160,
-        SGD | {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-    ),
+    "checkpointed": (SHARE, 160, SGD | CHECKPOINTING | {"gradient_checkpointing_kwargs": {"use_reentrant": False}}),
+    "reentrant": (SHARE, 160, SGD | CHECKPOINTING | {"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
 }
 
 

@@ -42,7 +42,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
         found.values(),
         found.keys(),
         loc="outside lower center",
-        ncols=min(len(found), 3 * len(experiments)),
+        ncols=min(len(found), 2 * len(experiments)),
         frameon=False,
     )
     for ending in ("png", "svg"):

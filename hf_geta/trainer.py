@@ -16,12 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer_utils import TrainOutput
 
 from hf_geta.agreement import is_distributed
 from hf_geta.checkpoint.directory import replace_files
 from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.checkpoint.names import own_tensor_names
+from hf_geta.checkpoint.resumable import damage, last_whole_checkpoint
 from hf_geta.compress import create_optimizer, finalize_model, prepare_model
 from hf_geta.config import GETAConfig
 from hf_geta.first_batches import first_batches
@@ -95,6 +96,27 @@ class GETATrainer(DistillingTrainer):
                 f"{dist.get_world_size()} processes were launched, TrainingArguments know of {self.args.world_size}: "
                 "each would train and save by itself. Without a GPU, write use_cpu=True."
             )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As Trainer's; with compression a checkpoint is looked at first: a crash may have cut it short.
+
+        Args:
+            resume_from_checkpoint: a folder, or `True` for the last whole one in `args.output_dir`, with a warning
+                that names later ones that are damaged.
+            *args, **kwargs: as in Trainer.
+
+        Raises:
+            ValueError: before any step: the folder is damaged, or there is none to go on from.
+        """
+        if self.geta_config is not None and resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
+            elif problem := damage(str(resume_from_checkpoint)):
+                raise ValueError(
+                    f"{resume_from_checkpoint} cannot be gone on from: {problem}. Name an earlier checkpoint, or "
+                    "write resume_from_checkpoint=True for the last whole one."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # -- before the first step ------------------------------------------------------------------------------------
 
@@ -317,11 +339,6 @@ class GETATrainer(DistillingTrainer):
             save_report(folder, report | card_fields(report, given, self.args.hub_token))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.geta_config is not None and not (Path(resume_from_checkpoint) / OPTIMIZER_NAME).exists():
-            raise ValueError(
-                f"{resume_from_checkpoint} has no {OPTIMIZER_NAME}: without it QASSO knows neither its step nor its "
-                "groups. Resume from a checkpoint that was saved with save_only_model=False."
-            )
         self.prepare()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -179,6 +179,40 @@ def test_a_resumed_run_equals_the_uninterrupted_run(finished, tmp_path, step):
     assert different_tensors(resumed.model, trainer.model) == []
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def test_a_run_goes_on_from_its_last_whole_checkpoint(finished, tmp_path, caplog):
+    """A full disk cut one short, a kill left the next without its last file: both are named."""
+    trainer, folder = finished
+    for step in (12, 18, 24):
+        shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    cut(tmp_path / "checkpoint-18" / "optimizer.pt")
+    (tmp_path / "checkpoint-24" / "trainer_state.json").unlink()
+    resumed = make_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert different_tensors(resumed.model, trainer.model) == []
+    assert "checkpoint-18: optimizer.pt is cut short" in caplog.text
+    assert "checkpoint-24: trainer_state.json is missing" in caplog.text
+    assert "goes on from checkpoint-12" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_a_checkpoint_that_was_cut_short_is_refused_by_name(finished, file, tmp_path):
+    _, folder = finished
+    shutil.copytree(folder / "checkpoint-18", tmp_path / "checkpoint-18")
+    cut(tmp_path / "checkpoint-18" / file)
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="cut short"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-18"))
+    with pytest.raises(ValueError, match="no checkpoint .* to go on from; .*cut short"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 0
+
+
 def test_a_checkpoint_of_the_warmup_resumes_too(tmp_path):
     whole = make_trainer(tmp_path / "a", save_strategy="steps", save_steps=2, save_total_limit=30)
     whole.train()
@@ -214,7 +248,7 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path):
     copied = tmp_path / "checkpoint-18"
     shutil.copytree(folder / "checkpoint-18", copied)
     (copied / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match=r"has no optimizer\.pt"):
+    with pytest.raises(ValueError, match=r"optimizer\.pt is missing .*save_only_model"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(copied))
 
 

@@ -16,13 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import TrainOutput
 
 from hf_geta.agreement import is_distributed
 from hf_geta.checkpoint.directory import replace_files
 from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.checkpoint.names import own_tensor_names
-from hf_geta.checkpoint.resumable import damage, last_whole_checkpoint
 from hf_geta.compress import create_optimizer, finalize_model, prepare_model
 from hf_geta.config import GETAConfig
 from hf_geta.first_batches import first_batches
@@ -37,6 +35,7 @@ from hf_geta.randomness import preserved_rng
 from hf_geta.report.cost import Cost
 from hf_geta.report.files import load_report, save_report
 from hf_geta.report.publish import publish_with_card_
+from hf_geta.resuming import ResumableTrainer
 from hf_geta.teacher import DistillingTrainer
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ logger = logging.getLogger(__name__)
 FINALIZE_TOLERANCE = 0.05
 
 
-class GETATrainer(DistillingTrainer):
+class GETATrainer(ResumableTrainer, DistillingTrainer):
     """Fine-tune and compress in one run.
 
     Args:
@@ -70,7 +69,6 @@ class GETATrainer(DistillingTrainer):
         teacher_model: PreTrainedModel | str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._saving_checkpoint = False
         self._planned_steps = 0
         given = args[1] if len(args) > 1 else kwargs.get("args")
         if geta_config is not None and isinstance(given, TrainingArguments):
@@ -96,27 +94,6 @@ class GETATrainer(DistillingTrainer):
                 f"{dist.get_world_size()} processes were launched, TrainingArguments know of {self.args.world_size}: "
                 "each would train and save by itself. Without a GPU, write use_cpu=True."
             )
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As Trainer's; with compression a checkpoint is looked at first: a crash may have cut it short.
-
-        Args:
-            resume_from_checkpoint: a folder, or `True` for the last whole one in `args.output_dir`, with a warning
-                that names later ones that are damaged.
-            *args, **kwargs: as in Trainer.
-
-        Raises:
-            ValueError: before any step: the folder is damaged, or there is none to go on from.
-        """
-        if self.geta_config is not None and resume_from_checkpoint:
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
-            elif problem := damage(str(resume_from_checkpoint)):
-                raise ValueError(
-                    f"{resume_from_checkpoint} cannot be gone on from: {problem}. Name an earlier checkpoint, or "
-                    "write resume_from_checkpoint=True for the last whole one."
-                )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # -- before the first step ------------------------------------------------------------------------------------
 
@@ -226,7 +203,7 @@ class GETATrainer(DistillingTrainer):
 
         Checkpoints inside a run keep the model in training (latent weights, quantizers), so that it can be resumed.
         """
-        if self.geta_config is None or self._saving_checkpoint or not is_prepared(self.model):
+        if self.geta_config is None or self._is_saving_checkpoint or not is_prepared(self.model):
             super().save_model(output_dir, _internal_call)
             return
         if self.args.should_save:
@@ -298,13 +275,6 @@ class GETATrainer(DistillingTrainer):
             "training": describe_training(self, self.qasso),
         }
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._saving_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving_checkpoint = False
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint keeps the model's own tensor names: `load_state_dict` resumes it, and maps none."""
         names = own_tensor_names(self.model) if is_prepared(self.model) else contextlib.nullcontext()
@@ -312,7 +282,7 @@ class GETATrainer(DistillingTrainer):
             super()._save(output_dir, state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if is_prepared(self.model):
+        if is_prepared(self.model) and not self._is_saving_checkpoint:
             push_while_training(self, checkpoint_folder, self._save_compressed)
             return
         with pickled_without_token(self.args):

@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def damage(checkpoint: str | os.PathLike[str]) -> str:
@@ -36,10 +35,9 @@ def damage(checkpoint: str | os.PathLike[str]) -> str:
         ]
         if missing:
             return f"{', '.join(missing)} is missing (a save that was cut short, or save_only_model=True)"
-        if not isinstance(json.loads((folder / TRAINER_STATE_NAME).read_bytes()), dict):
-            return f"{TRAINER_STATE_NAME} holds no object"
+        _read_object(folder / TRAINER_STATE_NAME)
     except ValueError as error:
-        return f"a JSON file is cut short or damaged ({error})"
+        return str(error)
     for name in weights:
         try:
             with safe_open(folder / name, framework="pt"):  # compares the header with the size
@@ -52,24 +50,38 @@ def damage(checkpoint: str | os.PathLike[str]) -> str:
     return ""
 
 
-def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str:
+def whole_checkpoints(run_folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """The folders `checkpoint-N` that a run can go on from, the latest first."""
+    return (path for path in _checkpoints(run_folder) if not damage(path))
+
+
+def last_whole_checkpoint(run_folder: str | os.PathLike[str]) -> str:
     """The latest `checkpoint-N` that a run can go on from; later ones that are damaged are warned of, and left there.
 
     Raises:
         ValueError: if there is none.
     """
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
     problems: list[str] = []
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    for path in _checkpoints(run_folder):
         if not (problem := damage(path)):
             for text in problems:
                 logger.warning("%s: the run goes on from %s instead.", text, path.name)
             return str(path)
         problems.append(f"{path}: {problem}")
     raise ValueError(
-        f"there is no checkpoint in {output_dir} to go on from{''.join(f'; {text}' for text in problems)}. "
+        f"there is no checkpoint in {run_folder} to go on from{''.join(f'; {text}' for text in problems)}. "
         "Start anew: train() without resume_from_checkpoint."
     )
+
+
+def _checkpoints(run_folder: str | os.PathLike[str]) -> list[Path]:
+    """Every `checkpoint-N`, the latest first."""
+    numbered = {
+        int(number): path
+        for path in Path(run_folder).glob("checkpoint-*")
+        if (number := path.name.removeprefix("checkpoint-")).isdecimal()
+    }
+    return [path for _, path in sorted(numbered.items(), reverse=True)]
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -77,8 +89,17 @@ def _weight_files(folder: Path) -> list[str]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return [SAFE_WEIGHTS_NAME]
-    content = json.loads(index.read_bytes())
-    shards = content.get("weight_map") if isinstance(content, dict) else None
+    shards = _read_object(index).get("weight_map")
     if not isinstance(shards, dict):
         raise ValueError(f"{index.name} names no files")
     return sorted({str(name) for name in shards.values()})
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path.name} is cut short or damaged ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return content

@@ -1,0 +1,133 @@
+"""ResumableTrainer: transformers' Trainer, whose checkpoints appear whole or not at all and are looked at before use.
+
+GETATrainer is one. Trainer writes a checkpoint file by file where it will be read: a process that is killed meanwhile
+leaves a part of one under the name of a whole one. Here it is written beside and then renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+
+from hf_geta.agreement import is_distributed
+from hf_geta.checkpoint.resumable import damage, last_whole_checkpoint, whole_checkpoints
+from hf_geta.config import GETAConfig
+
+UNFINISHED = "_saving"  # no checkpoint's name; and what begins with an underscore is never pushed
+
+
+class ResumableTrainer(Trainer):
+    """Trainer, whose runs with compression survive a kill and a full disk.
+
+    Attributes:
+        geta_config: the targets; without them it is Trainer.
+    """
+
+    geta_config: GETAConfig | None
+    _is_saving_checkpoint = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As Trainer's; with compression a checkpoint is looked at first: a crash may have cut it short.
+
+        Args:
+            resume_from_checkpoint: a folder, or `True` for the last whole one in `args.output_dir`, with a warning
+                that names later ones that are damaged.
+            *args, **kwargs: as in Trainer.
+
+        Raises:
+            ValueError: before any step: the folder is damaged, or there is none to go on from.
+            OSError: a checkpoint cannot be written; it names the last whole one.
+            FloatingPointError: the gradients of many steps in a row held NaN or inf; likewise.
+        """
+        if self.geta_config is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
+        elif resume_from_checkpoint and (problem := damage(str(resume_from_checkpoint))):
+            raise ValueError(
+                f"{resume_from_checkpoint} cannot be gone on from: {problem}. Name an earlier checkpoint, or "
+                "write resume_from_checkpoint=True for the last whole one."
+            )
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} {_where_to_go_on(str(self.args.output_dir))}") from error
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Trainer's checkpoint, written into a folder beside, which is renamed once every process has written its part.
+
+        Raises:
+            OSError: if it cannot be written. Nothing of it is left then; the message names the last whole one.
+        """
+        if self.geta_config is None:
+            super()._save_checkpoint(model, trial)
+            return
+        run_folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(run_folder / UNFINISHED, ignore_errors=True)  # of a process that was killed while it saved
+        _wait_for_all()
+        self._is_saving_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+            _wait_for_all()
+            if self.args.should_save:
+                self._put_in_place(run_folder, name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            if self.args.should_save:
+                shutil.rmtree(run_folder / UNFINISHED, ignore_errors=True)
+            raise OSError(
+                f"{run_folder / name} could not be written ({error}): free some space, or keep fewer checkpoints by "
+                f"save_total_limit. {_where_to_go_on(run_folder)}"
+            ) from error
+        finally:
+            self._is_saving_checkpoint = False
+        _wait_for_all()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_folder / name))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_folder), self.args.save_total_limit, best, use_mtime=True)
+
+    def _put_in_place(self, run_folder: Path, name: str) -> None:
+        """Rename what was written; its state names the best checkpoint by the path that it gets now."""
+        written, place = run_folder / UNFINISHED / name, run_folder / name
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(place)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        if place.exists():  # of an earlier run in the same folder
+            place.rename(run_folder / UNFINISHED / "replaced")
+        written.rename(place)
+        shutil.rmtree(run_folder / UNFINISHED)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """As Trainer's, where checkpoints lie; while one is written, the folder beside."""
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._is_saving_checkpoint else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing while a checkpoint is written: it is sent from its place."""
+        if not self._is_saving_checkpoint:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _where_to_go_on(run_folder: str | os.PathLike[str]) -> str:
+    found = next(whole_checkpoints(run_folder), None)
+    if found is None:
+        return f"There is no whole checkpoint in {run_folder} to go on from."
+    return f"The last whole checkpoint is {found}; resume_from_checkpoint=True goes on from there."
+
+
+def _wait_for_all() -> None:
+    if is_distributed():
+        dist.barrier()

@@ -34,6 +34,7 @@ from hf_geta.graph.uniform import make_uniform
 from hf_geta.measure import compression_report
 from hf_geta.optim.budget import Budget
 from hf_geta.optim.cost_terms import bops_budget, size_budget
+from hf_geta.optim.finite import refuse_not_finite
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.quantizers import NumberedQuantizers
 from hf_geta.optim.space import PruningSpace
@@ -196,8 +197,10 @@ def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ValueError: if `model` is not prepared.
+        FloatingPointError: if it holds NaN or inf.
     """
     preparation = preparation_of(model)
+    refuse_not_finite(model)
     small: Any = preparation.qadg.prune(model, preparation.qadg.zero_groups(model))
     del small.geta
     if preparation.config.weight_bits is not None:

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from hf_geta.agreement import is_distributed
 from hf_geta.checkpoint.resumable import damage, last_whole_checkpoint, whole_checkpoints
 from hf_geta.config import GETAConfig
+from hf_geta.optim.finite import refuse_not_finite
 
 UNFINISHED = "_saving"  # no checkpoint's name; and what begins with an underscore is never pushed
 
@@ -31,6 +32,7 @@ class ResumableTrainer(Trainer):
         geta_config: the targets; without them it is Trainer.
     """
 
+    model: PreTrainedModel
     geta_config: GETAConfig | None
     _is_saving_checkpoint = False
 
@@ -66,10 +68,12 @@ class ResumableTrainer(Trainer):
 
         Raises:
             OSError: if it cannot be written. Nothing of it is left then; the message names the last whole one.
+            FloatingPointError: if the model holds NaN or inf, with which no run can go on.
         """
         if self.geta_config is None:
             super()._save_checkpoint(model, trial)
             return
+        refuse_not_finite(self.model)
         run_folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:

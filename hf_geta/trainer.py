@@ -26,6 +26,7 @@ from hf_geta.config import GETAConfig
 from hf_geta.first_batches import first_batches
 from hf_geta.hub import card_fields, describe_training, pickled_without_token, push_while_training
 from hf_geta.measure import compression_report, float_inputs, measure_compression, output_difference
+from hf_geta.optim.finite import refuse_not_finite
 from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.schedule import Schedule, Stage
@@ -119,9 +120,13 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that `TrainingArguments` ask for, inside QASSO."""
-        if self.geta_config is None or self.qasso is not None:
+        if self.geta_config is None:
             return super().create_optimizer(model)
         total_steps = self._planned_steps or self.state.max_steps
+        if self.qasso is not None:
+            if self.args.auto_find_batch_size:  # the loop began anew, with another batch size
+                self.qasso.plan_(total_steps)
+            return super().create_optimizer(model)
         if not total_steps:
             raise ValueError(
                 "QASSO plans its stages over the whole run: call train(), or "
@@ -172,6 +177,7 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add stage, group sparsity, mean widths and relative BOPs to the training logs; price and gap of a budget.
 
+        Once optimizer steps were skipped, since their gradients held NaN or inf, the logs tell how many.
         The gap is the present cost over the budget, less 1: at most 0 from the cool-down on, where the budget was met.
         """
         if "loss" in logs and self.qasso is not None:
@@ -181,10 +187,18 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
             logs["weight_bits"] = cost.mean_weight_bits
             logs["activation_bits"] = cost.mean_activation_bits
             logs["relative_bops"] = cost.relative_bops
+            if self._skipped_steps:
+                logs["skipped_steps"] = self._skipped_steps
+                refuse_not_finite(self.model)  # a forward pass may have left NaN in the statistics of a batch norm
             if isinstance(pricing := self.qasso.targets, Pricing):
                 logs["price"] = pricing.price
                 logs["budget_gap"] = pricing.gap(self.qasso.removed)
         super().log(logs, start_time)
+
+    @property
+    def _skipped_steps(self) -> int:
+        """Optimizer steps of this run that left everything as it was: by a gradient scaler, or by QASSO."""
+        return 0 if self.qasso is None else max(self.state.global_step - self.qasso.step_count, 0)
 
     @property
     def stage(self) -> Stage:
@@ -225,13 +239,12 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
         if self.qasso is not None and (
             self.stage is not Stage.COOLDOWN or int(self.qasso.removed.sum()) != self.qasso.groups_to_remove
         ):
-            skipped = self.state.global_step - self.qasso.step_count
             logger.warning(
                 "the run ended in its %s stage, after %d of %d planned optimizer steps%s: %d of %d groups are removed.",
                 self.stage.label,
                 self.qasso.step_count,
                 self.qasso.schedule.total_steps,
-                f" ({skipped} were skipped, since gradients overflowed)" if skipped > 0 else "",
+                f" ({self._skipped_steps} were skipped, since gradients overflowed)" if self._skipped_steps else "",
                 int(self.qasso.removed.sum()),
                 self.qasso.groups_to_remove,
             )

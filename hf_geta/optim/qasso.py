@@ -24,6 +24,7 @@ from hf_geta.agreement import agreed
 from hf_geta.config import GETAConfig
 from hf_geta.optim.budget import Budget
 from hf_geta.optim.clips import move_clips_
+from hf_geta.optim.finite import FiniteSteps
 from hf_geta.optim.joint import forget_rate, joint_step_size
 from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.quantizers import NumberedQuantizers
@@ -65,8 +66,7 @@ class QASSO(OptimizerWrapper):
         numbered: NumberedQuantizers,
         budget: Budget | None = None,
     ) -> None:
-        self.config = config
-        self.schedule = Schedule.from_config(config, total_steps)
+        self.config, self.budget = config, budget
         self.space = space
         self.weights = numbered.weights
         # of a model on the meta device, groups and widths are real all the same
@@ -75,21 +75,32 @@ class QASSO(OptimizerWrapper):
         self.quantizer_rows = [numbered.weight_rows.get(name, -1) for name in space.parameter_names]
         _separate_quantizer_parameters_(base, numbered.quantizers, config.quantizer_learning_rate)
         super().__init__(base)
-        self.step_count = 0
         device = self.widths.signed.device
         space.to(device)
-        self.removed = torch.zeros(space.num_groups, dtype=torch.bool, device=device)  # exactly zero by now
-        self.redundant = torch.zeros_like(self.removed)  # being forgotten in the present period
-        self.final_bits: Tensor | None = None
         self.allowed_bits = [config.allowed_bits(quantizer.widths) or () for quantizer in numbered.quantizers]
         self._lower_bits = torch.tensor([float(bits[0]) for bits in self.allowed_bits], device=device)
         upper = torch.tensor([bits[-1] for bits in self.allowed_bits], device=device)
         self._rows_of_upper = {bits: upper == bits for bits in {bits[-1] for bits in self.allowed_bits}}
+        self.plan_(total_steps)
+
+    def plan_(self, total_steps: int) -> None:
+        """Begin a run of `total_steps` optimizer steps, with the weights, quantizers and base state as they are.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        self.schedule = Schedule.from_config(self.config, total_steps)
+        self.step_count = 0
+        self.finite_steps = FiniteSteps()
+        # exactly zero by now
+        self.removed = torch.zeros(self.space.num_groups, dtype=torch.bool, device=self.widths.signed.device)
+        self.redundant = torch.zeros_like(self.removed)  # being forgotten in the present period
+        self.final_bits: Tensor | None = None
         self.targets: Share | Pricing
-        if budget is None:
-            self.targets = Share(config, self.schedule, space, self.widths, self.allowed_bits)
+        if self.budget is None:
+            self.targets = Share(self.config, self.schedule, self.space, self.widths, self.allowed_bits)
         else:
-            self.targets = Pricing(config, space, self.widths, self.allowed_bits, budget)
+            self.targets = Pricing(self.config, self.space, self.widths, self.allowed_bits, self.budget)
         self._cache_index_sets()
 
     @property
@@ -100,11 +111,17 @@ class QASSO(OptimizerWrapper):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One optimizer step: the base step, then the rule of the stage."""
+        """One optimizer step: the base step, then the rule of the stage. None of it where gradients hold NaN or inf.
+
+        Raises:
+            FloatingPointError: if they did in many steps in a row.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.finite_steps.allow(self.param_groups):
+            return loss
         stage = self.schedule.stage_at(self.step_count)
         if stage is Stage.WARMUP:
             self.base.step()

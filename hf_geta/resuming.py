@@ -23,6 +23,7 @@ from hf_geta.config import GETAConfig
 from hf_geta.optim.finite import refuse_not_finite
 
 UNFINISHED = "_saving"  # no checkpoint's name; and what begins with an underscore is never pushed
+TORCH_COULD_NOT_WRITE = ("PytorchStreamWriter", "iostream error")  # torch.save raises RuntimeError for a full disk
 
 
 class ResumableTrainer(Trainer):
@@ -86,7 +87,7 @@ class ResumableTrainer(Trainer):
             if self.args.should_save:
                 self._put_in_place(run_folder, name)
         except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            if isinstance(error, RuntimeError) and not any(text in str(error) for text in TORCH_COULD_NOT_WRITE):
                 raise
             if self.args.should_save:
                 shutil.rmtree(run_folder / UNFINISHED, ignore_errors=True)

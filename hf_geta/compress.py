@@ -88,6 +88,7 @@ def prepare_model(
         with contextlib.ExitStack() as undo:
             undo.callback(restore_modules_, model)  # refused: the model as it came, for other data may do
             quantize_modules_(model, config)
+            _check_float_parameters(model)
             _calibrate(model, config, batches)
             undo.pop_all()
     model.geta = preparation  # type: ignore[assignment]
@@ -110,8 +111,24 @@ def find_groups(model: PreTrainedModel, config: GETAConfig, inputs: Inputs, veri
     if "qadg" in config.without:
         qadg = layerwise(qadg, model)
     if config.prunes and not qadg.axes:
-        raise ValueError(f"no prunable axis found in {type(model).__name__}. {qadg.explain_frozen()}")
+        way_out = "uniform=False, or group_sparsity=0" if config.uniform else "group_sparsity=0"
+        raise ValueError(
+            f"no prunable axis found in {type(model).__name__}: write {way_out}, to only quantize. "
+            f"{qadg.explain_frozen()}"
+        )
     return Preparation(config, qadg, families)
+
+
+def _check_float_parameters(model: PreTrainedModel) -> None:
+    """A model is on the device and of the dtype of its first float parameter; packed weights are none (OLMo's)."""
+    layers = quantized_layers(model)
+    packed = {id(layer.weight) for layer in layers.values()}
+    if all(id(parameter) in packed for parameter in prunable_parameters(model).values()):
+        raise ValueError(
+            f"every parameter of {type(model).__name__} would be packed, and transformers can neither save nor run a "
+            f"model without one in float: write modules_to_not_convert=[{list(layers)[-1]!r}], or no "
+            "quantize_embeddings."
+        )
 
 
 def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inputs]) -> None:

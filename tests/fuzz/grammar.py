@@ -161,7 +161,7 @@ def options(draw, has_embedding):
         "warmup_steps": one_of(0, 2),
         "projection_steps": 4,
         "joint_steps": 4,
-        "quantizer_learning_rate": one_of(1e-3, 1e-1),
+        "quantizer_learning_rate": one_of(1e-3, 1e-2),
         "min_groups": one_of(1, 1, 2),
         "group_divisible": one_of(1, 1, 2, 4),
     }

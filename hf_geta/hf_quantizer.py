@@ -64,7 +64,7 @@ class GETAHfQuantizer(HfQuantizer):
     """Loads a compressed checkpoint: pruned shapes and attributes, then packed layers, then tensors by name.
 
     Raises:
-        ValueError: for a manifest that does not fit the model, for tensors that do not fit the manifest, and where
+        ValueError: for a manifest that does not fit the model, tensors that do not fit the manifest, pickles, and where
             `quantization_config` is given for a dense checkpoint: compression is training, not loading.
     """
 
@@ -72,6 +72,7 @@ class GETAHfQuantizer(HfQuantizer):
     quantization_config: GETAQuantizationConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        _refuse_pickles(kwargs.get("checkpoint_files") or ())
         manifest = fit_manifest(self.quantization_config.manifest, model)
         weights = {f"{name}.weight": layer.shape for name, layer in manifest.layers.items()}
         dense = model.state_dict()
@@ -137,6 +138,16 @@ class GETAHfQuantizer(HfQuantizer):
             "model.dequantize()."
         )
         return False
+
+
+def _refuse_pickles(files: Iterable[Any]) -> None:
+    """transformers would read pytorch_model.bin with `torch.load`."""
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(
+                f"{file} is no safetensors file: a compressed model is read from those alone, never from a pickle; "
+                "get it again from whoever saved it."
+            )
 
 
 def _float_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:

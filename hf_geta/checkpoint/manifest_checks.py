@@ -12,6 +12,8 @@ import torch
 
 from hf_geta.config_checks import GRANULARITIES, MAX_BITS, MIN_BITS
 
+LONGEST_NAME = 200  # of a tensor, in a message
+
 
 def check_manifest(values: Mapping[str, Any], version: int, keys: Collection[str], layer_keys: Collection[str]) -> None:
     """Refuse a `quantization_config` that is no manifest of this format version with these keys."""
@@ -26,13 +28,13 @@ def check_manifest(values: Mapping[str, Any], version: int, keys: Collection[str
         if not isinstance(values.get(key, {}), Mapping):
             raise ValueError(f"quantization_config: {key} is {_short(values[key])}: it is an object of named entries.")
     for name, shape in values.get("shapes", {}).items():
-        _check_shape(name, shape)
+        _check_shape(_cut(name), shape)
     for path, value in values.get("attributes", {}).items():
         if not is_size(value):
-            raise ValueError(f"attributes: {path} = {_short(value)}: attributes are whole numbers, 1 or more.")
+            raise ValueError(f"attributes: {_cut(path)} = {_short(value)}: attributes are whole numbers, 1 or more.")
     layers = values.get("layers", {})
     for name, layer in layers.items():
-        _check_layer(f"layers: {name}", name, layer, layer_keys)
+        _check_layer(f"layers: {_cut(name)}", _cut(name), layer, layer_keys)
     for name, layer in layers.items():
         if layer.get("shared_with") is not None:
             _check_sharing(name, layer, layers)
@@ -85,7 +87,7 @@ def _check_sharing(name: str, layer: Mapping[str, Any], layers: Mapping[str, Any
         for key, default in (("bits", None), ("shape", None), ("granularity", "tensor"), ("channel_dim", None))
     )
     if owner is None or not same or owner.get("shared_with") is not None:
-        raise ValueError(f"layers: {name} is shared_with {_short(shared_with)}, which holds no such weight.")
+        raise ValueError(f"layers: {_cut(name)} is shared_with {_short(shared_with)}, which holds no such weight.")
 
 
 def _check_step_size(where: str, values: Mapping[str, Any], key: str, required: bool, owner: str) -> None:
@@ -113,6 +115,11 @@ def _check_keys(where: str, values: Mapping[str, Any], known: Collection[str]) -
 
 def _listed(names: Collection[str]) -> str:
     return ", ".join(sorted(names))
+
+
+def _cut(name: str) -> str:
+    """A name in a message, however long it is."""
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
 
 
 def _short(value: Any) -> str:

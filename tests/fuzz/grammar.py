@@ -25,6 +25,7 @@ SEQUENCE = ("mlp", "linear", "attention", "norm", "act", "residual", "cat", "spl
 SEQUENCE += ("mixer", "time_conv", "dropout")
 IMAGE = ("conv", "act", "image_norm", "residual", "cat", "split", "product", "squeeze", "slice", "shuffle")
 IMAGE += ("pool", "tokens")
+NAMES = {"image": IMAGE, "sequence": SEQUENCE, "pixels": tuple(name for name in SEQUENCE if name != "mixer")}
 FREQUENT = ("mlp", "linear", "attention", "residual", "conv", "tokens")  # drawn twice as often
 WEIGHTED = ("linear", "mlp", "attention", "conv")  # what "again" repeats
 TOP = 2  # levels of branches in branches
@@ -36,17 +37,17 @@ def models(draw):
     """(kind, width, steps, tied)."""
     kind = draw(st.sampled_from(["vectors", "text", "image"]))
     width = 3 if kind == "image" else draw(st.sampled_from(WIDTHS))
-    steps, _, _ = draw(chains(width, kind == "image", TOP, 5))
+    steps, _ = draw(chains(width, "image" if kind == "image" else "sequence", TOP, 5))
     return kind, width, steps, kind == "text" and draw(st.booleans())
 
 
 @st.composite
-def chains(draw, width, image, depth, most):
-    """(steps, the width that they end at, whether they end as an image); `depth` levels of branches may follow."""
+def chains(draw, width, place, depth, most):
+    """(steps, the width that they end at); `depth` levels of branches may follow. `place` is a key of `NAMES`."""
     steps, widths = [], []  # before and after each step but "again"
     for _ in range(draw(st.integers(depth, most))):
         fitting = [n for n, (name, before, _) in enumerate(widths) if before == width and name in WEIGHTED]
-        names = [name for name in (IMAGE if image else SEQUENCE) if fits(name, width, depth)]
+        names = [name for name in NAMES[place] if fits(name, width, depth)]
         names += [name for name in names if name in FREQUENT] + ["again"] * bool(fitting)
         name = draw(st.sampled_from(names))
         if name == "again":
@@ -54,13 +55,13 @@ def chains(draw, width, image, depth, most):
             steps.append([name, number])
             width = widths[number][2]
             continue
-        step, after = draw(one_step(name, width, image, depth))
+        step, after = draw(one_step(name, width, place, depth))
         steps.append(step)
         widths.append((name, width, after))
         width = after
         if name == "tokens":
-            image, widths = False, [("tokens", 0, 0)] * len(widths)
-    return steps, width, image
+            place, widths = "pixels", [("tokens", 0, 0)] * len(widths)
+    return steps, width
 
 
 def fits(name, width, depth):
@@ -70,7 +71,7 @@ def fits(name, width, depth):
 
 
 @st.composite
-def one_step(draw, name, width, image, depth):
+def one_step(draw, name, width, place, depth):
     """(step, the width after it)."""
 
     def one_of(*choices):
@@ -115,22 +116,26 @@ def one_step(draw, name, width, image, depth):
         case "shuffle":
             return [name, divisor(width)], width
         case "residual":
-            steps, after, _ = draw(chains(width, image, depth - 1, 3))
-            close = [] if after == width else [["conv", width, 1, 1, 1, True] if image else ["linear", width, "bias"]]
+            steps, after = draw(chains(width, place, depth - 1, 3))
+            close = (
+                []
+                if after == width
+                else [["conv", width, 1, 1, 1, True] if place == "image" else ["linear", width, "bias"]]
+            )
             return [name, steps + close, flag], width
         case "product":
-            (one, after, _), (other, end, _) = (draw(chains(width, image, depth - 1, 2)) for _ in range(2))
-            close = ["conv", after, 1, 1, 1, True] if image else ["linear", after, "none"]
+            (one, after), (other, end) = (draw(chains(width, place, depth - 1, 2)) for _ in range(2))
+            close = ["conv", after, 1, 1, 1, True] if place == "image" else ["linear", after, "none"]
             return [name, one, other if end == after else [*other, close], flag], after
         case "cat":
-            branches = [draw(chains(width, image, depth - 1, 2)) for _ in range(2)]
-            return [name, [steps for steps, _, _ in branches]], sum(after for _, after, _ in branches)
+            branches = [draw(chains(width, place, depth - 1, 2)) for _ in range(2)]
+            return [name, [steps for steps, _ in branches]], sum(after for _, after in branches)
         case "split":
             half, join = width // 2, one_of("cat", "add", "mul")
-            steps, after, _ = draw(chains(half, image, depth - 1, 2))
+            steps, after = draw(chains(half, place, depth - 1, 2))
             if join == "cat" or after == half:
                 return [name, steps, join], half + after if join == "cat" else half
-            close = ["conv", half, 1, 1, 1, True] if image else ["linear", half, "bias"]
+            close = ["conv", half, 1, 1, 1, True] if place == "image" else ["linear", half, "bias"]
             return [name, [*steps, close], join], half
     return [name], width  # tokens
 

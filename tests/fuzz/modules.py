@@ -50,7 +50,7 @@ class Linear(nn.Module):
         self.width = out
 
     def forward(self, x):
-        return self.layer(x)
+        return self.layer(x.contiguous())  # conv1d takes a view
 
 
 class Activation(nn.Module):

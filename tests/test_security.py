@@ -1,4 +1,4 @@
-"""What .github/SECURITY.md promises: every promise names the tests that hold it, and those that are nowhere else are here."""
+"""What .github/SECURITY.md promises: each promise names the tests that hold it; those of no other file are here."""
 
 import builtins
 import importlib.util

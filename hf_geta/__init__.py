@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_geta.graph.verify import Verification, verify_qadg
     from hf_geta.hf_quantizer import GETAQuantizationConfig
     from hf_geta.optim.qasso import QASSO
+    from hf_geta.preparation import quantizer_parameters
     from hf_geta.trainer import GETATrainer
 
 _LAZY = {
@@ -34,6 +35,7 @@ _LAZY = {
     "create_optimizer": "hf_geta.compress",
     "finalize_model": "hf_geta.compress",
     "prepare_model": "hf_geta.compress",
+    "quantizer_parameters": "hf_geta.preparation",
     "verify_qadg": "hf_geta.graph.verify",
     "Verification": "hf_geta.graph.verify",
 }
@@ -49,6 +51,7 @@ __all__ = [
     "create_optimizer",
     "finalize_model",
     "prepare_model",
+    "quantizer_parameters",
     "set_backend_",
     "verify_qadg",
 ]

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_geta.agreement import agree_on_, agreed_object
+from hf_geta.checkpoint.gather import InPieces
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
 from hf_geta.graph.build import build_qadg
 from hf_geta.graph.layerwise import layerwise
-from hf_geta.graph.qadg import Axis
+from hf_geta.graph.qadg import Axis, Removed
 from hf_geta.graph.search_space import quantizer_tensors
 from hf_geta.graph.uniform import make_uniform
 from hf_geta.measure import compression_report
@@ -43,6 +44,7 @@ from hf_geta.preparation import Preparation, is_prepared, preparation_of, prunab
 from hf_geta.quantization.calibration import calibrate_, share_input_quantizers_
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers, restore_modules_
 from hf_geta.report.publish import publish_with_card_
+from hf_geta.sharding import Shards
 
 logger = logging.getLogger(__name__)
 
@@ -218,12 +220,36 @@ def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     preparation = preparation_of(model)
     refuse_not_finite(model)
-    small: Any = preparation.qadg.prune(model, preparation.qadg.zero_groups(model))
+    removed = preparation.qadg.zero_groups(model)
+    small = _cut_in_pieces(model, removed) if Shards(model.parameters()).are_several else _cut(model, removed)
+    publish_with_card_(small, compression_report(model))
+    return small
+
+
+def _cut(model: PreTrainedModel, removed: Removed) -> Any:
+    """A copy without the groups, packed if the run quantizes."""
+    preparation = preparation_of(model)
+    small: Any = preparation.qadg.prune(model, removed)
     del small.geta
     if preparation.config.weight_bits is not None:
         _round_widths_(small, preparation.config)
         pack_model_(small)
-    publish_with_card_(small, compression_report(model))
+    return small
+
+
+def _cut_in_pieces(model: PreTrainedModel, removed: Removed) -> Any:
+    """As `_cut`, of a model that lies in pieces: gathered, cut and packed tensor by tensor."""
+    preparation = preparation_of(model)
+    pieces = InPieces(model)
+    small: Any = pieces.copy
+    if preparation.qadg.can_be_cut:
+        pieces.cut(preparation.qadg.kept(small, removed))
+        preparation.qadg.prune_and_describe_(small, removed)
+    del small.geta
+    if preparation.config.weight_bits is not None:
+        _round_widths_(small, preparation.config)
+        pack_model_(small, pieces.read)
+    pieces.fill_()
     return small
 
 

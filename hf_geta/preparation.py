@@ -33,8 +33,16 @@ def preparation_of(model: nn.Module) -> Preparation:
     return model.geta  # type: ignore[return-value]
 
 
+def quantizer_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of all quantizers: a few numbers for each layer, which sharding has to leave whole.
+
+    `fully_shard(module, ignored_params=quantizer_parameters(model))`
+    """
+    return {p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+
+
 def prunable_parameters(model: nn.Module, remove_duplicate: bool = False) -> dict[str, nn.Parameter]:
     """Every parameter that is not a quantizer's, by each of its names (or by its first)."""
-    owned = {id(p) for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    owned = quantizer_parameters(model)
     named = model.named_parameters(remove_duplicate=remove_duplicate)
-    return {name: p for name, p in named if id(p) not in owned}
+    return {name: p for name, p in named if p not in owned}

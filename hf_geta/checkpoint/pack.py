@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,19 @@ from hf_geta.quantization.quantizers import Quantizer
 WIDTH_TOLERANCE_BITS = 1e-3
 
 
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
+
+
 @torch.no_grad()
-def pack_model_(model: PreTrainedModel) -> PreTrainedModel:
+def pack_model_(model: PreTrainedModel, read: Callable[[Tensor], Tensor] = _as_it_is) -> PreTrainedModel:
     """Turn every quantized layer into a packed one, and say so in `model.config`.
 
     Outputs stay the same up to rounding, and bit for bit after `set_backend_(model, "reference")`. Layers that share
     one weight share one packed tensor. What pruning wrote into the manifest is kept.
+
+    Args:
+        read: weight of a layer -> its value, asked for layer by layer, of weights that are not here (meta device).
 
     Returns:
         `model`, ready for `save_pretrained`.
@@ -44,7 +51,7 @@ def pack_model_(model: PreTrainedModel) -> PreTrainedModel:
     pruned = read_manifest(model)
     packed = replace_with_packed_(model, manifests)
     for name, layer in packed.items():
-        _fill_(layer, layers[name])
+        _fill_(layer, layers[name], read)
     tensors = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
     tensors -= {f"{name}.weight" for name in manifests}  # their shapes are in `layers`
     shapes = {tensor: shape for tensor, shape in pruned.shapes.items() if tensor in tensors}
@@ -65,7 +72,7 @@ def pack_layer(layer: QuantizedLayer) -> PackedLayer:
     kind = packed_class(layer)
     assert kind is not None
     packed = kind(layer, manifest)
-    _fill_(packed, layer)
+    _fill_(packed, layer, _as_it_is)
     return packed
 
 
@@ -118,13 +125,13 @@ def _whole_bits(what: str, quantizer: Quantizer) -> int:
     raise ValueError(f"{what} has {bits:.7g} bits: only whole widths can be packed; the cool-down rounds them.")
 
 
-def _fill_(packed: PackedLayer, layer: QuantizedLayer) -> None:
+def _fill_(packed: PackedLayer, layer: QuantizedLayer, read: Callable[[Tensor], Tensor]) -> None:
     """Codes and step sizes per channel of a quantized layer into the empty packed one."""
     if packed.shared_with:
         return
     if packed.manifest.granularity == "channel":
-        packed.get_buffer("step_size").copy_(_step_sizes(layer))
-    packed._buffers["weight"] = pack_codes(layer.weight_quantizer.codes(layer.weight), packed.manifest.bits)
+        packed._buffers["step_size"] = _step_sizes(layer)
+    packed._buffers["weight"] = pack_codes(layer.weight_quantizer.codes(read(layer.weight)), packed.manifest.bits)
 
 
 def _step_sizes(layer: QuantizedLayer) -> Tensor:

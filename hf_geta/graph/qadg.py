@@ -24,6 +24,7 @@ from hf_geta.graph.integers import Attribute, Equation, substitute
 from hf_geta.graph.search_space import quantizer_tensors
 from hf_geta.graph.solving import solve
 from hf_geta.graph.tracing import named_tensors
+from hf_geta.sharding import Shards, local, local_range
 
 logger = logging.getLogger(__name__)
 
@@ -115,17 +116,17 @@ class QADG:
     def zero_groups(self, model: nn.Module) -> dict[str, list[int]]:
         """The groups whose parameter entries are all exactly zero, as `zero_` and `prune` take them."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        found = {}
-        for axis in self.axes:
-            is_zero = torch.ones(axis.size, dtype=torch.bool)
+        counts = [torch.zeros(axis.size, dtype=torch.int64) for axis in self.axes]  # of lines that are not zero
+        for axis, count in zip(self.axes, counts, strict=True):
             for member in axis.members:
                 if (parameter := parameters.get(member.tensor)) is not None:
-                    lines = parameter.detach().transpose(0, member.dim).reshape(parameter.shape[member.dim], -1)
-                    zero_lines = (lines == 0).all(1).cpu()
-                    is_zero &= zero_lines[member.indices].all(1)
-            if is_zero.any():
-                found[axis.name] = is_zero.nonzero().flatten().tolist()
-        return found
+                    count += _lines_with_values(parameter, member.dim)[member.indices].sum(1)
+        if not counts:
+            return {}
+        shards = Shards(parameters.values())
+        total = shards.sum_(torch.cat(counts).to(shards.device)).cpu()
+        parts = zip(self.axes, total.split([axis.size for axis in self.axes]), strict=True)
+        return {axis.name: (part == 0).nonzero().flatten().tolist() for axis, part in parts if (part == 0).any()}
 
     def prune(self, model: nn.Module, removed: Removed) -> nn.Module:
         """A physically smaller copy of `model` without the removed groups; `model` is left alone.
@@ -142,14 +143,18 @@ class QADG:
             ValueError: for an unknown axis, an index out of range, or an axis of which nothing would be left.
         """
         small = copy.deepcopy(model)
-        if not self.can_be_cut:
+        if self.can_be_cut:
+            self.prune_and_describe_(small, removed)
+        else:
             self.zero_(small, removed)
-            return small
-        before = {name: tensor.shape for name, tensor in named_tensors(small).items()}
-        attributes = self.prune_(small, removed)
-        if hasattr(small, "config"):
-            _describe_(small, before, attributes)
         return small
+
+    def prune_and_describe_(self, model: nn.Module, removed: Removed) -> None:
+        """`prune_`, and say in the config of `model` how it differs from what the config builds."""
+        before = {name: tensor.shape for name, tensor in named_tensors(model).items()}
+        attributes = self.prune_(model, removed)
+        if hasattr(model, "config"):
+            _describe_(model, before, attributes)
 
     def prune_(self, model: nn.Module, removed: Removed) -> dict[str, int]:
         """Cut the removed groups out of `model` itself, whose config then no longer builds it.
@@ -164,6 +169,15 @@ class QADG:
             ValueError: as for `prune`.
         """
         _forget_caches_(model)
+        slice_(model, self.kept(model, removed))
+        attributes = {
+            path: value for path, value in self.attributes_after(removed).items() if _read(model, path) != value
+        }
+        set_attributes_(model, attributes)
+        return attributes
+
+    def kept(self, model: nn.Module, removed: Removed) -> dict[str, dict[int, Tensor]]:
+        """What is left of the tensors that lose something: name -> dimension -> indices, int64."""
         tensors = named_tensors(model)
         keep: dict[str, dict[int, Tensor]] = {}
         for name, dims in self._owned(removed).items():
@@ -171,12 +185,7 @@ class QADG:
                 kept = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
                 kept[indices] = False
                 keep.setdefault(name, {})[dim] = kept.nonzero().flatten()
-        slice_(model, keep)
-        attributes = {
-            path: value for path, value in self.attributes_after(removed).items() if _read(model, path) != value
-        }
-        set_attributes_(model, attributes)
-        return attributes
+        return keep
 
     def attributes_after(self, removed: Removed) -> dict[str, int]:
         """The int attributes that depend on sizes, by path, once the groups in `removed` are gone."""
@@ -286,6 +295,14 @@ def _describe_(small: nn.Module, before: Mapping[str, Sequence[int]], attributes
     shapes, values = {**manifest.shapes, **changed}, {**manifest.attributes, **attributes}
     write_manifest_(small, replace(manifest, shapes=shapes, attributes=values))
     save_as_they_are_(small, shapes)
+
+
+def _lines_with_values(parameter: Tensor, dim: int) -> Tensor:
+    """Which entries along `dim` have a value other than zero here, (shape[dim],) bool on the CPU."""
+    lines = local(parameter).transpose(0, dim).flatten(1) if parameter.dim() > 1 else local(parameter).unsqueeze(1)
+    found = torch.zeros(parameter.shape[dim], dtype=torch.bool)
+    found[local_range(parameter, dim)] = (lines != 0).any(1).cpu()
+    return found
 
 
 def _forget_caches_(model: nn.Module) -> None:

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from hf_geta.config_checks import MAX_BITS, MIN_BITS
 from hf_geta.optim.widths import WidthTable
+from hf_geta.sharding import whole
 
 
 @torch.no_grad()
 def move_clips_(widths: WidthTable, tensors: Sequence[Tensor | None], lower_bits: Tensor, upper_bits: Tensor) -> None:
     """Multiply every q_m by clip(new) / clip(old), for widths that the bounds are about to move.
 
-    It reads widths on the host: call it when bounds move, not in every step.
+    It reads widths on the host: call it when bounds move, not in every step. Weights that lie in pieces are gathered,
+    one at a time.
 
     Args:
         tensors: per quantizer its weight; None for an input, whose clips calibration left in `log_clips`.
@@ -33,7 +35,8 @@ def move_clips_(widths: WidthTable, tensors: Sequence[Tensor | None], lower_bits
     for quantizer, tensor, before, after in zip(widths.quantizers, tensors, old.tolist(), new.tolist(), strict=True):
         shift = torch.zeros_like(quantizer.log_clip_max)
         if before != after and tensor is not None:
-            ratio = quantizer.best_clip(tensor, after) / quantizer.best_clip(tensor, before)
+            weight = whole(tensor)
+            ratio = quantizer.best_clip(weight, after) / quantizer.best_clip(weight, before)
             if quantizer.log_channel_scale is None:
                 shift = ratio.log()
             else:

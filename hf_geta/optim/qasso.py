@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_geta.agreement import agreed
 from hf_geta.config import GETAConfig
@@ -91,7 +92,7 @@ class QASSO(OptimizerWrapper):
         """
         self.schedule = Schedule.from_config(self.config, total_steps)
         self.step_count = 0
-        self.finite_steps = FiniteSteps()
+        self.finite_steps = FiniteSteps(self.space.shards)
         # exactly zero by now
         self.removed = torch.zeros(self.space.num_groups, dtype=torch.bool, device=self.widths.signed.device)
         self.redundant = torch.zeros_like(self.removed)  # being forgotten in the present period
@@ -120,6 +121,7 @@ class QASSO(OptimizerWrapper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._average_whole_gradients_()
         if not self.finite_steps.allow(self.param_groups):
             return loss
         stage = self.schedule.stage_at(self.step_count)
@@ -133,6 +135,17 @@ class QASSO(OptimizerWrapper):
             self._cooldown_step()
         self.step_count += 1
         return loss
+
+    def _average_whole_gradients_(self) -> None:
+        """Beside parameters in pieces, which their engine reduces: those of quantizers, by one message."""
+        if not self.space.shards.are_several:
+            return
+        parameters = [p for group in self.param_groups for p in group["params"] if not isinstance(p, DTensor)]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            flat = self.space.shards.mean_(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
     def width_bounds(self) -> tuple[Tensor, Tensor]:
         """(lower, upper) in force after the present step, in bits, (quantizers,) each."""
@@ -188,23 +201,25 @@ class QASSO(OptimizerWrapper):
         if "joint_rule" in self.config.without:  # forgetting that knows nothing of rounding and of the gradient
             self.base.step()
             self.widths.project_(*bounds)
-            entries.subtract_(entries.gather() / left_steps)
+            for chunk in entries.chunks:
+                chunk.subtract_(chunk.gather() / left_steps)
             return
-        before, gradient = entries.gather(), entries.gather_gradients()
-        clipped, residual = entries.split_quantized(before)
+        before, grids = entries.gather(), entries.grids()
         self.base.step()
         self.widths.project_(*bounds)
-        grad_step = entries.sum(gradient * (entries.gather() - before))
-        gamma = forget_rate(
-            grad_step,
-            entries.sum(gradient * clipped),
-            entries.sum(clipped.square()).sqrt(),
-            entries.parameter_norms(),
-            left_steps,
-        )
-        grad_residual = entries.sum(gradient * residual)
+        sums = torch.zeros(5, entries.num_segments, device=self.removed.device)
+        sums[4] = entries.squared_norms()
+        for chunk, values in zip(entries.chunks, before, strict=True):
+            clipped, residual = chunk.split_quantized(values, grids)
+            gradient = chunk.gather_gradients()
+            step = chunk.gather() - values
+            chunk.add_sums_(sums, gradient * step, gradient * clipped, gradient * residual, clipped.square())
+        grad_step, grad_clipped, grad_residual, clipped_square, square = self.space.shards.sum_(sums)
+        gamma = forget_rate(grad_step, grad_clipped, clipped_square.sqrt(), square.sqrt(), left_steps)
         gamma, step_size = self._set_joint_step_sizes(entries, gamma, grad_step, grad_residual, bounds)
-        entries.subtract_(entries.spread(gamma) * (clipped + entries.spread(step_size) * residual))
+        for chunk, values in zip(entries.chunks, before, strict=True):
+            clipped, residual = chunk.split_quantized(values, grids)
+            chunk.subtract_(chunk.spread(gamma) * (clipped + chunk.spread(step_size) * residual))
 
     def _set_joint_step_sizes(
         self,

@@ -1,19 +1,52 @@
-"""The redundant entries of one pruning period, gathered from all parameters into one flat vector.
+"""The redundant entries of one pruning period, gathered from all parameters, and sums over them per parameter.
 
 Only these entries are copied, for the length of a step: memory and time follow the share of groups that a period
-forgets, not the size of the model.
+forgets, not the size of the model. Their values before the step are kept; everything else is computed chunk by chunk,
+so that it takes a bounded number of bytes, however large the model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable
+from hf_geta.sharding import local, local_gradient, local_range
+
+CHUNK_ENTRIES = 2**22  # a chunk's dozen float32 vectors take about 200 MB
+
+
+@dataclasses.dataclass(frozen=True)
+class Grids:
+    """The grids of all quantizers at one moment: of the step that begins, while the base optimizer moves them.
+
+    Attributes:
+        step_size, clip_max, exponent: (quantizers,) d, q_m and t.
+        channel_scales: one per segment, flat; None where its tensor has one grid.
+    """
+
+    step_size: Tensor
+    clip_max: Tensor
+    exponent: Tensor
+    channel_scales: list[Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Entries of one segment, all of them or a part.
+
+    Attributes:
+        segment: its number.
+        index: (n,) int64 flat indices into the part of the parameter that is here.
+    """
+
+    segment: int
+    index: Tensor
 
 
 class RedundantEntries:
@@ -22,20 +55,21 @@ class RedundantEntries:
     Attributes:
         quantized_segments: (q,) the segments whose parameter has a quantizer.
         quantizer_rows: (q,) the rows of those quantizers in the `WidthTable`.
+        num_segments: how many there are; the same on all processes that hold pieces of the model.
     """
 
     def __init__(
         self, parameters: list[nn.Parameter], indices: list[Tensor], rows: Sequence[int], widths: WidthTable
     ) -> None:
         device = indices[0].device
-        self.parameters, self.indices, self.widths = parameters, indices, widths
-        self.sizes = [len(index) for index in indices]
-        self.lengths = torch.tensor(self.sizes, device=device)
+        self.parameters, self.widths, self.num_segments = parameters, widths, len(parameters)
+        self.tensors = [local(parameter) for parameter in parameters]
         quantized = [segment for segment, row in enumerate(rows) if row >= 0]
         self.quantized_segments = torch.tensor(quantized, dtype=torch.int64, device=device)
         self.quantizer_rows = torch.tensor([rows[s] for s in quantized], dtype=torch.int64, device=device)
         self.is_quantized = torch.tensor([row >= 0 for row in rows], device=device)
-        self.channel_scales = [self._channel_scale(segment, rows[segment]) for segment in range(len(rows))]
+        self.channels = [self._channels(segment, rows[segment]) for segment in range(len(rows))]
+        self.chunks = [Chunk(self, pieces) for pieces in _in_chunks(indices)]
 
     @classmethod
     def build(
@@ -50,75 +84,121 @@ class RedundantEntries:
         parameters = [space.parameters[i] for i in entries.parameters]
         return cls(parameters, entries.indices, [rows[i] for i in entries.parameters], widths)
 
-    def _channel_scale(self, segment: int, row: int) -> tuple[Tensor, int] | None:
-        """(per-channel scale parameter, entries between two channels) of a segment quantized per channel."""
+    def _channels(self, segment: int, row: int) -> tuple[Tensor, int] | None:
+        """(the log scales of the channels that are here, entries between two channels); None with one grid."""
         log_scale = None if row < 0 else self.widths.quantizers[row].log_channel_scale
         if log_scale is None:
             return None
         channel_dim = next((dim for dim, size in enumerate(log_scale.shape) if size > 1), 0)
-        return log_scale, math.prod(self.parameters[segment].shape[channel_dim + 1 :])
+        here = local_range(self.parameters[segment], channel_dim)
+        scales = log_scale.detach().narrow(channel_dim, here.start, here.stop - here.start).view(-1)
+        return scales, math.prod(self.parameters[segment].shape[channel_dim + 1 :])
+
+    def grids(self) -> Grids:
+        """The quantizers' grids as they are now, copied."""
+        return Grids(
+            self.widths.log_step_size().exp(),
+            self.widths.log_clip_max().exp(),
+            self.widths.exponent(),
+            [None if channels is None else channels[0].exp() for channels in self.channels],
+        )
+
+    def gather(self) -> list[Tensor]:
+        """The entries' values, (n,) float32 for each chunk."""
+        return [chunk.gather() for chunk in self.chunks]
+
+    def squared_norms(self) -> Tensor:
+        """|x|^2 of the part of each segment's parameter that is here, (segments,)."""
+        return torch.stack(torch._foreach_norm(self.tensors)).float().square()
+
+
+class Chunk:
+    """Some entries of some segments, each segment at most once."""
+
+    def __init__(self, entries: RedundantEntries, pieces: list[Piece]) -> None:
+        self.entries, self.pieces = entries, pieces
+        device = pieces[0].index.device
+        self.sizes = [len(piece.index) for piece in pieces]
+        self.lengths = torch.tensor(self.sizes, device=device)
+        self.segments = torch.tensor([piece.segment for piece in pieces], device=device)
 
     def gather(self) -> Tensor:
         """The entries' values, (n,) float32."""
-        return torch.cat([p.detach().take(i).float() for p, i in zip(self.parameters, self.indices, strict=True)])
+        tensors = self.entries.tensors
+        return torch.cat([tensors[piece.segment].take(piece.index).float() for piece in self.pieces])
 
     def gather_gradients(self) -> Tensor:
         """The entries' gradients, (n,) float32; 0 where a parameter has none."""
+        gradients = [local_gradient(self.entries.parameters[piece.segment]) for piece in self.pieces]
         return torch.cat(
             [
-                torch.zeros(len(i), device=i.device) if p.grad is None else p.grad.take(i).float()
-                for p, i in zip(self.parameters, self.indices, strict=True)
+                torch.zeros(size, device=piece.index.device) if grad is None else grad.take(piece.index).float()
+                for piece, size, grad in zip(self.pieces, self.sizes, gradients, strict=True)
             ]
         )
 
-    def sum(self, values: Tensor) -> Tensor:
-        """(n,) -> one sum per segment; deterministic, for the order of addition is fixed."""
-        return torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True)
+    def add_sums_(self, total: Tensor, *values: Tensor) -> None:
+        """Add the sum per segment of each of `values`, (n,), to the first rows of `total`, (.., segments).
+
+        Deterministic: the order of addition is fixed.
+        """
+        for row, value in zip(total, values, strict=False):
+            row[self.segments] += torch.segment_reduce(value, "sum", lengths=self.lengths, unsafe=True)
 
     def spread(self, per_segment: Tensor) -> Tensor:
         """One value per segment -> (n,)."""
-        return per_segment.repeat_interleave(self.lengths, output_size=sum(self.sizes))
+        return per_segment[self.segments].repeat_interleave(self.lengths, output_size=sum(self.sizes))
 
-    def parameter_norms(self) -> Tensor:
-        """|x| of each segment's whole parameter."""
-        return torch.stack(torch._foreach_norm([p.detach() for p in self.parameters])).float()
-
-    def split_quantized(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def split_quantized(self, values: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
         """(c, r), each (n,), with Q(x) = c + d r.
 
         c = sgn(x) u and r = sgn(x) (round(u / d) - u / d), u = min(|x|, q_m)^t; per channel both carry the scale s_c
         and |x| is |x| / s_c. A parameter without quantizer has Q(x) = x, so c = x and r = 0.
         """
-        scale = self._spread_channel_scales(values)
-        step_size = self._spread_rows(self.widths.log_step_size().exp())
-        clip_max = self._spread_rows(self.widths.log_clip_max().exp())
-        bounded = (values.abs() / scale).minimum(clip_max) ** self._spread_rows(self.widths.exponent())
-        steps = bounded / step_size
+        scale = self._spread_channel_scales(values, grids)
+        bounded = (values.abs() / scale).minimum(self._spread_rows(grids.clip_max))
+        bounded = bounded ** self._spread_rows(grids.exponent)
+        steps = bounded / self._spread_rows(grids.step_size)
         signed_scale = values.sign() * scale
-        quantized = self.spread(self.is_quantized)
+        quantized = self.spread(self.entries.is_quantized)
         clipped = (signed_scale * bounded).where(quantized, values)
         residual = (signed_scale * (steps.round() - steps)).masked_fill(~quantized, 0.0)
         return clipped, residual
 
     def _spread_rows(self, per_quantizer: Tensor) -> Tensor:
         """One value per quantizer -> (n,), 1 where there is none."""
-        per_segment = torch.ones(len(self.sizes), device=per_quantizer.device)
-        per_segment[self.quantized_segments] = per_quantizer[self.quantizer_rows]
+        per_segment = torch.ones(self.entries.num_segments, device=per_quantizer.device)
+        per_segment[self.entries.quantized_segments] = per_quantizer[self.entries.quantizer_rows]
         return self.spread(per_segment)
 
-    def _spread_channel_scales(self, values: Tensor) -> Tensor:
-        if all(scale is None for scale in self.channel_scales):
+    def _spread_channel_scales(self, values: Tensor, grids: Grids) -> Tensor:
+        if all(grids.channel_scales[piece.segment] is None for piece in self.pieces):
             return torch.ones((), device=values.device)
         parts = []
-        for scale, index in zip(self.channel_scales, self.indices, strict=True):
-            if scale is None:
-                parts.append(values.new_ones(len(index)))
+        for piece in self.pieces:
+            scales, channels = grids.channel_scales[piece.segment], self.entries.channels[piece.segment]
+            if scales is None or channels is None:
+                parts.append(values.new_ones(len(piece.index)))
             else:  # an entry's channel follows from its index: it is not stored beside it
-                log_scale, stride = scale
-                parts.append(log_scale.detach().reshape(-1).exp()[index // stride % log_scale.numel()])
+                parts.append(scales[piece.index // channels[1] % max(scales.numel(), 1)])
         return torch.cat(parts)
 
     def subtract_(self, change: Tensor) -> None:
         """x <- x - change on the entries."""
-        for parameter, index, part in zip(self.parameters, self.indices, change.split(self.sizes), strict=True):
-            parameter.detach().put_(index, part.neg().to(parameter.dtype), accumulate=True)
+        for piece, part in zip(self.pieces, change.split(self.sizes), strict=True):
+            tensor = self.entries.tensors[piece.segment]
+            tensor.put_(piece.index, part.neg().to(tensor.dtype), accumulate=True)
+
+
+def _in_chunks(indices: Sequence[Tensor]) -> Iterator[list[Piece]]:
+    """Pieces of at most CHUNK_ENTRIES, together likewise, and no segment twice in one chunk."""
+    chunk: list[Piece] = []
+    size = 0
+    for segment, index in enumerate(indices):
+        for part in index.split(CHUNK_ENTRIES):
+            if chunk and (size + len(part) > CHUNK_ENTRIES or chunk[-1].segment == segment):
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(Piece(segment, part))
+            size += len(part)
+    yield chunk

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_geta.optim.space import PruningSpace
+from hf_geta.sharding import local, local_gradient
 
 
 def magnitude(space: PruningSpace) -> Tensor:
     """Root of the summed squares of a group's entries, (num_groups,)."""
-    return space.sum_per_group(lambda p: p.detach().float().square()).sqrt()
+    return space.sum_per_group(lambda p: local(p).float().square()).sqrt()
 
 
 # What accumulates over steps, from a step's <x, g> per group; "magnitude" is taken at the decision instead.
@@ -35,7 +36,12 @@ def first_order(space: PruningSpace) -> Tensor:
 
     "taylor" accumulates its absolute value over steps (Molchanov et al., CVPR 2019, eq. 8), "fisher" its square.
     """
-    return space.sum_per_group(lambda p: None if p.grad is None else p.detach().float() * p.grad.float())
+    return space.sum_per_group(_value_times_gradient)
+
+
+def _value_times_gradient(parameter: nn.Parameter) -> Tensor | None:
+    gradient = local_gradient(parameter)
+    return None if gradient is None else local(parameter).float() * gradient.float()
 
 
 def normalize_by_kind(scores: Tensor, kinds: Sequence[str], sizes: Sequence[int]) -> Tensor:

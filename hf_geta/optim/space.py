@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_geta.graph.qadg import Axis
 from hf_geta.graph.uniform import Family
 from hf_geta.optim.lockstep import Lockstep
+from hf_geta.sharding import Shards, local, local_range
 
 
 @dataclasses.dataclass
@@ -26,11 +27,18 @@ class GroupedDim:
         parameter: position in `PruningSpace.parameters`.
         dim: the dimension.
         group_ids: (shape[dim],) int64, -1 where no group owns the entry.
+        here: the entries along `dim` that this process holds.
     """
 
     parameter: int
     dim: int
     group_ids: Tensor
+    here: slice
+
+    @property
+    def local_ids(self) -> Tensor:
+        """The owners of the entries that this process holds."""
+        return self.group_ids[self.here]
 
 
 @dataclasses.dataclass
@@ -38,8 +46,8 @@ class Entries:
     """Chosen entries of the parameters, gathered side by side.
 
     Attributes:
-        parameters: positions in `PruningSpace.parameters`, one per segment.
-        indices: flat indices into each of those parameters.
+        parameters: positions in `PruningSpace.parameters`, one per segment: of all that have such entries somewhere.
+        indices: flat indices into the part of each of those parameters that this process holds.
     """
 
     parameters: list[int]
@@ -78,6 +86,7 @@ class PruningSpace:
                 grouped.group_ids[member.indices.reshape(-1)] = groups
             offset += axis.size
         self.dims.sort(key=lambda grouped: grouped.parameter)
+        self.shards = Shards(self.parameters)
 
     def lockstep(self, min_groups: int, divisible: int) -> list[Lockstep]:
         """The families in numbers of axes, with the blocks in which they may shrink."""
@@ -99,7 +108,7 @@ class PruningSpace:
             self.parameter_names.append(name)
         if (position, dim) not in known:
             ids = torch.full((parameter.shape[dim],), -1, dtype=torch.int64)
-            known[position, dim] = GroupedDim(position, dim, ids)
+            known[position, dim] = GroupedDim(position, dim, ids, local_range(parameter, dim))
             self.dims.append(known[position, dim])
         return known[position, dim]
 
@@ -108,35 +117,37 @@ class PruningSpace:
         for grouped in self.dims:
             grouped.group_ids = grouped.group_ids.to(device)
 
-    def owned_positions(self, groups: Tensor) -> list[tuple[nn.Parameter, int, Tensor]]:
-        """(parameter, dim, positions) of everything that the groups flagged in `groups` (num_groups,) bool own."""
+    def owned_positions(self, groups: Tensor) -> list[tuple[Tensor, int, Tensor]]:
+        """(parameter, dim, positions) of everything that the groups flagged in `groups` (num_groups,) bool own here."""
         owned = []
         flags = torch.cat([groups, groups.new_zeros(1)])  # -1 reads the added False
         for grouped in self.dims:
-            positions = flags[grouped.group_ids].nonzero().squeeze(1)
+            positions = flags[grouped.local_ids].nonzero().squeeze(1)
             if len(positions):
-                owned.append((self.parameters[grouped.parameter], grouped.dim, positions))
+                owned.append((local(self.parameters[grouped.parameter]), grouped.dim, positions))
         return owned
 
     def entries(self, groups: Tensor) -> Entries:
         """Every entry of every parameter that belongs to a flagged group, each once."""
         masks: dict[int, Tensor] = {}
+        kept: dict[int, bool] = {}
         flags = torch.cat([groups, groups.new_zeros(1)])
         for grouped in self.dims:
-            owned = flags[grouped.group_ids]
-            shape = [1] * self.parameters[grouped.parameter].dim()
+            position, tensor = grouped.parameter, local(self.parameters[grouped.parameter])
+            shape = [1] * tensor.dim()
             shape[grouped.dim] = -1
-            mask = owned.view(shape).expand(self.parameters[grouped.parameter].shape)
-            masks[grouped.parameter] = mask | masks[grouped.parameter] if grouped.parameter in masks else mask
-        indices = {i: mask.reshape(-1).nonzero().squeeze(1) for i, mask in masks.items()}
-        kept = [i for i, index in indices.items() if len(index)]
-        return Entries(kept, [indices[i] for i in kept])
+            mask = flags[grouped.local_ids].view(shape).expand(tensor.shape)
+            masks[position] = mask | masks[position] if position in masks else mask
+            kept[position] = kept.get(position, False) or bool(flags[grouped.group_ids].any())
+        indices = {i: mask.reshape(-1).nonzero().squeeze(1) for i, mask in masks.items() if kept[i]}
+        return Entries(list(indices), list(indices.values()))
 
     def sum_per_group(self, value_of: Callable[[nn.Parameter], Tensor | None]) -> Tensor:
         """Sums over each group's entries of what `value_of` makes of every parameter, (num_groups,) float32.
 
-        `value_of` returns a tensor shaped like the parameter, or None where it has none; one at a time is held. An
-        entry that two groups share (a weight between two prunable axes) counts for both.
+        `value_of` returns a tensor shaped like the part of the parameter that is here, or None where it has none; one
+        at a time is held. An entry that two groups share (a weight between two prunable axes) counts for both. Where
+        parameters lie in pieces, the sums over the pieces are one message.
         """
         sums, ids = [], []
         for position, dims in itertools.groupby(self.dims, key=lambda grouped: grouped.parameter):
@@ -146,8 +157,9 @@ class PruningSpace:
             for grouped in dims:
                 others = [d for d in range(value.dim()) if d != grouped.dim]
                 sums.append(value.sum(dim=others).float() if others else value.float())
-                ids.append(grouped.group_ids)
-        if not sums:
-            return torch.zeros(self.num_groups)
-        total = torch.zeros(self.num_groups + 1, device=sums[0].device)  # the last slot collects what no group owns
-        return total.index_add_(0, torch.cat(ids) % (self.num_groups + 1), torch.cat(sums))[:-1]
+                ids.append(grouped.local_ids)
+        device = self.dims[0].group_ids.device if self.dims else None
+        total = torch.zeros(self.num_groups + 1, device=device)  # the last slot collects what no group owns
+        if sums:
+            total.index_add_(0, torch.cat(ids) % (self.num_groups + 1), torch.cat(sums))
+        return self.shards.sum_(total)[:-1]

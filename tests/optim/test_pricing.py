@@ -219,7 +219,9 @@ def test_without_the_joint_rule_entries_are_forgotten_at_a_constant_rate_whateve
     list(train(model, optimizer, [first]))
     left = optimizer.schedule.pruning_period_at(first).length_steps
     owned = optimizer.space.owned_positions(optimizer.redundant)
-    start = {id(p): value for p, value in zip(optimizer.space.parameters, before, strict=True)}
-    shares = [p.index_select(dim, at) / start[id(p)].index_select(dim, at) for p, dim, at in owned if p.dim() == 2]
+    start = {p.data_ptr(): value for p, value in zip(optimizer.space.parameters, before, strict=True)}
+    shares = [
+        p.index_select(dim, at) / start[p.data_ptr()].index_select(dim, at) for p, dim, at in owned if p.dim() == 2
+    ]
     constant = all(torch.allclose(share, torch.full_like(share, 1 - 1 / left), atol=1e-5) for share in shares)
     assert constant == bool(without)

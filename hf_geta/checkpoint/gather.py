@@ -1,0 +1,97 @@
+"""From a model that lies in pieces on several processes to one that is whole and small, one tensor at a time.
+
+The copy has all but the pieces; each parameter is made whole when it is asked for, cut to the groups that are kept,
+and packed, before the next one is. So no process ever holds more than one whole tensor of the large model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from hf_geta.sharding import whole
+
+ENGINE = "torch.distributed.fsdp"
+STATE = "__composable_api"  # names of the attributes that torch's engines keep about a module
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+
+
+class InPieces:
+    """A copy of a model without its pieces, and what its parameters are once they are asked for.
+
+    Args:
+        model: a model that `fully_shard` has cut; it is left alone.
+
+    Attributes:
+        copy: the model without the engine that cut it; parameters in pieces are empty there, on the meta device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        memo: dict[int, Any] = {}
+        self._pieces: dict[nn.Parameter, DTensor] = {}
+        self._kept: dict[nn.Parameter, Mapping[int, Tensor]] = {}
+        for parameter in model.parameters():
+            if isinstance(parameter, DTensor):
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                stand_in = memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                self._pieces[stand_in] = parameter
+        for module in model.modules():
+            memo |= {id(value): type(value)() for name, value in vars(module).items() if name.startswith(STATE)}
+        with _without_engine(model):
+            self.copy = copy.deepcopy(model, memo)
+
+    def cut(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+        """Remember what of each tensor of the copy is kept: name -> dimension -> indices, int64."""
+        named = dict(self.copy.named_parameters(remove_duplicate=False))
+        self._kept = {named[name]: dims for name, dims in kept.items() if name in named}
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """The value of a parameter of the copy, with what was cut gone. All processes must call it, in one order."""
+        if not isinstance(parameter, nn.Parameter) or parameter not in self._pieces:
+            return parameter
+        value = whole(self._pieces[parameter])
+        for dim, indices in self._kept.get(parameter, {}).items():
+            value = value.index_select(dim, indices.to(value.device))
+        return value
+
+    def fill_(self) -> None:
+        """Give the copy's modules the values of the parameters that are still empty; tied ones stay tied."""
+        filled: dict[nn.Parameter, nn.Parameter] = {}
+        for module in self.copy.modules():
+            for name, parameter in module._parameters.items():
+                if parameter in self._pieces:
+                    if parameter not in filled:
+                        filled[parameter] = nn.Parameter(self.read(parameter), parameter.requires_grad)
+                    module._parameters[name] = filled[parameter]
+
+
+@contextlib.contextmanager
+def _without_engine(model: nn.Module) -> Iterator[None]:
+    """Meanwhile its modules are of their own classes and without the engine's hooks: torch refuses to copy others."""
+    classes: list[tuple[Any, type]] = [(module, type(module)) for module in model.modules()]
+    classes = [(module, cls) for module, cls in classes if issubclass(cls, FSDPModule)]
+    hooks = [(module, name, getattr(module, name)) for module in model.modules() for name in HOOKS]
+    try:
+        for module, cls in classes:
+            module.__class__ = cls.__mro__[cls.__mro__.index(FSDPModule) + 1]
+        for module, name, registered in hooks:
+            own = {key: hook for key, hook in registered.items() if not _is_of_engine(hook)}
+            setattr(module, name, type(registered)(own))
+        yield
+    finally:
+        for module, cls in classes:
+            module.__class__ = cls
+        for module, name, registered in hooks:
+            setattr(module, name, registered)
+
+
+def _is_of_engine(hook: Any) -> bool:
+    hook = getattr(hook, "hook", hook)  # of a state dict, wrapped by torch
+    return str(getattr(hook, "__module__", "")).startswith(ENGINE)

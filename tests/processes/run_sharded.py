@@ -1,0 +1,133 @@
+"""A run with a loop of its own over a model that `fully_shard` has cut: `run_sharded.py FOLDER NAME ...`.
+
+Started on several processes, it trains each model of MODELS in pieces, with the same global batch as one process does,
+and leaves what the run ended with in `FOLDER/NAME.pt`, and the small model in `FOLDER/NAME`. The tests call `train` for
+what a single process ends with.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model, quantizer_parameters
+from hf_geta.sharding import whole
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+from runs import leave_processes
+
+STEPS, GLOBAL_BATCH = 30, 8
+SHARE = GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=3)
+PER_CHANNEL = GETAConfig(**{**SHARE.to_dict(), "granularity": "channel", "saliency": "mix"})
+BUDGET = GETAConfig(target_bops=0.01, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=3)
+EMBEDDINGS = GETAConfig(**{**SHARE.to_dict(), "quantize_embeddings": 8})
+
+
+def vit():
+    # 13 and 41 are cut unevenly between two processes
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 41}
+    images = {"image_size": 14, "patch_size": 7, "num_channels": 1, "num_labels": 13}
+    return ViTForImageClassification(ViTConfig(**sizes, **images))
+
+
+def llama():
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 37, "vocab_size": 51}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
+
+
+def resnet():
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=13, **sizes))
+
+
+def images(generator):
+    labels = torch.randint(0, 13, (GLOBAL_BATCH,), generator=generator)
+    pixels = torch.randn(GLOBAL_BATCH, 1, 14, 14, generator=generator, dtype=torch.float64)
+    return {"pixel_values": pixels + labels.view(-1, 1, 1, 1) / 4, "labels": labels}
+
+
+def texts(generator):
+    ids = torch.randint(0, 51, (GLOBAL_BATCH, 1), generator=generator) + torch.arange(12)
+    return {"input_ids": ids % 51, "labels": ids % 51}
+
+
+# name -> (model, batches, targets, which modules are cut by themselves)
+MODELS = {
+    "vit": (vit, images, SHARE, "vit.layers"),
+    "channel": (vit, images, PER_CHANNEL, "vit.layers"),
+    "budget": (vit, images, BUDGET, "vit.layers"),
+    "llama": (llama, texts, EMBEDDINGS, "model.layers"),
+    "resnet": (resnet, images, SHARE, "resnet.encoder.stages"),
+}
+
+
+def cut(model, modules):
+    """As FSDP2 is used: block by block, then the rest; the quantizers' few numbers stay whole."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ignored = quantizer_parameters(model)
+    for block in model.get_submodule(modules):
+        fully_shard(block, mesh=mesh, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, ignored_params=ignored)
+    assert all(isinstance(p, DTensor) for p in model.parameters() if p not in ignored)
+
+
+def train(name):
+    """What a run ends with; in float64, so that sums in another order hardly differ."""
+    make, batches, targets, modules = MODELS[name]
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    torch.manual_seed(0)
+    model = make().to(torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    parts = 1 if name == "resnet" else processes  # its batch norm sees the batch: each process has all of it
+
+    def next_batch():
+        return {key: value.chunk(parts)[rank % parts] for key, value in batches(generator).items()}
+
+    prepare_model(model, targets, {key: value for key, value in next_batch().items() if key != "labels"})
+    if processes > 1:
+        cut(model, modules)
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    optimizer = create_optimizer(model, base, STEPS)
+    groups = []
+    for _ in range(STEPS):
+        model(**next_batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        groups.append(optimizer.removed.tolist())
+    assert optimizer.removed.sum() == optimizer.groups_to_remove
+    small = finalize_model(model)
+    # what calibration adds up is the more, the more processes there are; its clips are not
+    weights = {key: whole(value) for key, value in model.state_dict().items() if not key.endswith("input_power")}
+    widths = optimizer.widths.bits()
+    return {"groups": groups, "weights": weights, "widths": widths, "processes": processes}, small
+
+
+def main(folder, *names):
+    dist.init_process_group("gloo")
+    for name in names:
+        result, small = train(name)
+        told = [None] * dist.get_world_size()
+        dist.all_gather_object(told, {key: value.tolist() for key, value in small.state_dict().items()})
+        assert all(one == told[0] for one in told), f"{name}: the processes ended with different models"
+        if dist.get_rank() == 0:
+            torch.save(result, Path(folder) / f"{name}.pt")
+            small.save_pretrained(Path(folder) / name)
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

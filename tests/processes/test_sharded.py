@@ -1,0 +1,47 @@
+"""A model that lies in pieces on two processes (FSDP2) ends as one that is whole: groups, widths, weights, files.
+
+Real launches of `run_sharded.py`, compared with runs of a single process, which is this one.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.processes import run_sharded
+
+PROGRAM = Path(run_sharded.__file__)
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TOLERANCE = 1e-6  # of float64 weights and float32 quantizers after 30 steps; one group that differs is 1e-2
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    command = [sys.executable, "-m", *TORCHRUN, PROGRAM, folder, *run_sharded.MODELS]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-8000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", run_sharded.MODELS)
+def test_in_pieces_a_run_ends_as_whole(ended, name, tmp_path):
+    whole, small = run_sharded.train(name)
+    pieces = torch.load(ended / f"{name}.pt", weights_only=False)
+    assert (pieces["processes"], whole["processes"]) == (2, 1)
+    assert pieces["groups"] == whole["groups"]
+    assert sum(pieces["groups"][-1]) > 0
+    torch.testing.assert_close(pieces["widths"], whole["widths"], rtol=0, atol=TOLERANCE)
+    assert pieces["weights"].keys() == whole["weights"].keys()
+    for key, expected in whole["weights"].items():
+        torch.testing.assert_close(pieces["weights"][key], expected, rtol=0, atol=TOLERANCE, msg=key)
+    small.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == (ended / name / "config.json").read_text()
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path, ended / name))
+    assert ours.keys() == theirs.keys()
+    for key, expected in ours.items():
+        torch.testing.assert_close(theirs[key], expected, rtol=0, atol=TOLERANCE, msg=key)

@@ -85,10 +85,11 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
                 "a learning-rate scheduler made before QASSO does not know the quantizers: pass "
                 "optimizers=(optimizer, None) and choose the schedule by TrainingArguments.lr_scheduler_type."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or getattr(self.model, "_tp_size", None):
             raise ValueError(
-                "GETATrainer compresses on one device or under DDP; with FSDP or DeepSpeed the parameters are in "
-                "pieces, which QASSO does not handle yet: launch with a DDP configuration."
+                "GETATrainer compresses on one device or under DDP: launch with a DDP configuration "
+                "(configs/accelerate/ddp.yaml). A model that has to be cut is trained by a loop of your own, with "
+                "torch's fully_shard (FSDP2); accelerate's FSDP, DeepSpeed and tensor parallelism are not supported."
             )
         if is_distributed() and dist.get_world_size() != self.args.world_size:
             raise ValueError(

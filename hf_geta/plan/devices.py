@@ -14,14 +14,15 @@ from hf_geta.checkpoint.models import first_line
 from hf_geta.config_checks import MAX_BITS
 from hf_geta.graph.capture import TRACING_ERRORS
 from hf_geta.optim.qasso import QASSO
+from hf_geta.optim.redundant import CHUNK_ENTRIES
 from hf_geta.plan.memory import OptimizerMemory, PassMemory, measure_optimizer, measure_pass, tensor_bytes
 from hf_geta.plan.run import Run
 from hf_geta.quantization.histogram import MagnitudeHistogram
 from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
 
-# What is held of every redundant entry: its index, and while it is forgotten at most so many float32 numbers.
-INDEX_BYTES, FORGETTING_VECTORS = 8, 12
+# What is held of every redundant entry: its index, and in a step its value; of those of a chunk so many numbers more.
+INDEX_BYTES, VALUE_BYTES, CHUNK_VECTORS = 8, 4, 12
 
 Measured = TypeVar("Measured", OptimizerMemory, PassMemory)
 
@@ -102,7 +103,7 @@ def plan_memory(run: Run, qasso: QASSO, inputs: Mapping[str, Tensor], processes:
     )
     if base is None or one_pass is None:
         return memory
-    forgetting = round(forgotten * 4 * FORGETTING_VECTORS)
+    forgetting = round(VALUE_BYTES * (forgotten + CHUNK_VECTORS * min(forgotten, CHUNK_ENTRIES)))
     step = max(base.temporary, _observation_bytes(qasso), forgetting)
     passing = one_pass.peak + (gradients if accumulates else 0)
     stays = memory.weights + memory.buckets + base.state + memory.search_space + memory.redundant

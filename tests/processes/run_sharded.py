@@ -5,7 +5,10 @@ and leaves what the run ended with in `FOLDER/NAME.pt`, and the small model in `
 what a single process ends with.
 """
 
+import contextlib
+import io
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -22,13 +25,15 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model, quantizer_parameters
+from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model, quantizer_parameters, sharding
+from hf_geta.checkpoint.gather import InPieces
 from hf_geta.sharding import whole
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from runs import leave_processes
 
 STEPS, GLOBAL_BATCH = 30, 8
+RESUMED_STEP = 12  # inside a pruning period
 SHARE = GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=3)
 PER_CHANNEL = GETAConfig(**{**SHARE.to_dict(), "granularity": "channel", "saliency": "mix"})
 BUDGET = GETAConfig(target_bops=0.01, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=3)
@@ -100,20 +105,71 @@ def train(name):
     prepare_model(model, targets, {key: value for key, value in next_batch().items() if key != "labels"})
     if processes > 1:
         cut(model, modules)
-    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
-    optimizer = create_optimizer(model, base, STEPS)
-    groups = []
-    for _ in range(STEPS):
+    optimizer = new_optimizer(model)
+    groups, messages = [], []
+    for step in range(STEPS):
+        if processes > 1 and step == RESUMED_STEP:
+            optimizer = resumed(optimizer, model)
         model(**next_batch()).loss.backward()
-        optimizer.step()
+        with counted() as count:
+            optimizer.step()
+        messages.append(len(count))
         optimizer.zero_grad()
         groups.append(optimizer.removed.tolist())
     assert optimizer.removed.sum() == optimizer.groups_to_remove
-    small = finalize_model(model)
+    with counted_wholes() as most_wholes:
+        small = finalize_model(model)
     # what calibration adds up is the more, the more processes there are; its clips are not
     weights = {key: whole(value) for key, value in model.state_dict().items() if not key.endswith("input_power")}
     widths = optimizer.widths.bits()
-    return {"groups": groups, "weights": weights, "widths": widths, "processes": processes}, small
+    result = {"groups": groups, "weights": weights, "widths": widths, "processes": processes}
+    return result | {"messages": messages, "most_wholes": max(most_wholes, default=0)}, small
+
+
+def new_optimizer(model):
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    return create_optimizer(model, base, STEPS)
+
+
+def resumed(optimizer, model):
+    """Another optimizer, with the state that this process saved; momentum lies in pieces."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = new_optimizer(model)
+    other.load_state_dict(torch.load(file, weights_only=False))
+    return other
+
+
+@contextlib.contextmanager
+def counted():
+    """The sums over processes that are sent meanwhile."""
+    sent, send = [], sharding.dist.all_reduce
+    try:
+        sharding.dist.all_reduce = lambda values, **options: (sent.append(values.numel()), send(values, **options))
+        yield sent
+    finally:
+        sharding.dist.all_reduce = send
+
+
+@contextlib.contextmanager
+def counted_wholes():
+    """How many whole weights that were gathered to be packed live at a time."""
+    counts, alive, read = [], weakref.WeakSet(), InPieces.read
+
+    def remembered(self, parameter):
+        value = read(self, parameter)
+        if parameter.is_meta and value.dim() > 1:
+            alive.add(value)
+            counts.append(len(alive))
+        return value
+
+    try:
+        fill, InPieces.read = InPieces.fill_, remembered
+        InPieces.fill_ = lambda self: (setattr(InPieces, "read", read), fill(self))  # what stays in float is kept
+        yield counts
+    finally:
+        InPieces.read, InPieces.fill_ = read, fill
 
 
 def main(folder, *names):

@@ -17,6 +17,8 @@ from tests.processes import run_sharded
 PROGRAM = Path(run_sharded.__file__)
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 TOLERANCE = 1e-6  # of float64 weights and float32 quantizers after 30 steps; one group that differs is 1e-2
+# Of a step: quantizers' gradients, whether all are finite, scores, sums of what is forgotten; magnitudes once a period.
+MOST_MESSAGES = 5
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,8 @@ def test_in_pieces_a_run_ends_as_whole(ended, name, tmp_path):
     assert (pieces["processes"], whole["processes"]) == (2, 1)
     assert pieces["groups"] == whole["groups"]
     assert sum(pieces["groups"][-1]) > 0
+    assert pieces["most_wholes"] == 1
+    assert max(pieces["messages"]) <= MOST_MESSAGES
     torch.testing.assert_close(pieces["widths"], whole["widths"], rtol=0, atol=TOLERANCE)
     assert pieces["weights"].keys() == whole["weights"].keys()
     for key, expected in whole["weights"].items():

@@ -14,6 +14,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
+def is_cut(tensor: Tensor) -> bool:
+    """Whether the tensor lies in pieces."""
+    return isinstance(tensor, DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, without its graph: the storage is shared."""
     tensor = tensor.detach()

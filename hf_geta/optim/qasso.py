@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hf_geta.agreement import agreed
 from hf_geta.config import GETAConfig
@@ -36,6 +35,7 @@ from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable
 from hf_geta.optim.wrapper import OptimizerWrapper
 from hf_geta.quantization.quantizers import Quantizer
+from hf_geta.sharding import is_cut
 
 
 class QASSO(OptimizerWrapper):
@@ -140,7 +140,7 @@ class QASSO(OptimizerWrapper):
         """Beside parameters in pieces, which their engine reduces: those of quantizers, by one message."""
         if not self.space.shards.are_several:
             return
-        parameters = [p for group in self.param_groups for p in group["params"] if not isinstance(p, DTensor)]
+        parameters = [p for group in self.param_groups for p in group["params"] if not is_cut(p)]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
             flat = self.space.shards.mean_(torch.cat([gradient.reshape(-1) for gradient in gradients]))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_geta.graph.qadg import Axis
 from hf_geta.graph.uniform import Family
 from hf_geta.optim.lockstep import Lockstep
-from hf_geta.sharding import Shards, local, local_range
+from hf_geta.sharding import Shards, is_cut, local, local_range
 
 
 @dataclasses.dataclass
@@ -60,8 +60,11 @@ class PruningSpace:
     Args:
         axes: the prunable axes of a QADG.
         parameters: name -> parameter; members of other tensors (running statistics, quantizers) are left out, for
-            they play no part in what a group computes once its weights are zero.
+            they play no part in what a group computes once its weights are zero. Whole, or all of them in pieces.
         families: of the axes that shrink in lockstep; by default each axis shrinks by itself.
+
+    Raises:
+        ValueError: if some of the parameters lie in pieces and others do not.
     """
 
     def __init__(
@@ -87,6 +90,12 @@ class PruningSpace:
             offset += axis.size
         self.dims.sort(key=lambda grouped: grouped.parameter)
         self.shards = Shards(self.parameters)
+        named = zip(self.parameter_names, self.parameters, strict=True)
+        if self.shards.are_several and (left := [name for name, parameter in named if not is_cut(parameter)]):
+            raise ValueError(
+                f"{', '.join(left)} lie whole on every process, other parameters in pieces: cut all but "
+                "quantizer_parameters(model), by fully_shard(model, ignored_params=quantizer_parameters(model))."
+            )
 
     def lockstep(self, min_groups: int, divisible: int) -> list[Lockstep]:
         """The families in numbers of axes, with the blocks in which they may shrink."""

@@ -11,6 +11,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -80,13 +81,25 @@ MODELS = {
 
 
 def cut(model, modules):
-    """As FSDP2 is used: block by block, then the rest; the quantizers' few numbers stay whole."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    """As FSDP2 is used: block by block, then the rest; of four processes, two hold each piece (HSDP)."""
+    processes = dist.get_world_size()
+    if processes == 2:
+        mesh = init_device_mesh("cpu", (2,))
+    else:
+        mesh = init_device_mesh("cpu", (2, processes // 2), mesh_dim_names=("replicate", "shard"))
     ignored = quantizer_parameters(model)
     for block in model.get_submodule(modules):
         fully_shard(block, mesh=mesh, ignored_params=ignored)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
     assert all(isinstance(p, DTensor) for p in model.parameters() if p not in ignored)
+
+
+def check_that_all_or_nothing_is_cut():
+    model = vit()
+    prepare_model(model, SHARE, {"pixel_values": torch.randn(2, 1, 14, 14)})
+    fully_shard(model, ignored_params={*quantizer_parameters(model), model.vit.layers[1].mlp.fc1.weight})
+    with pytest.raises(ValueError, match=r"vit\.layers\.1\.mlp\.fc1\.weight lie whole .* fully_shard\(model"):
+        new_optimizer(model)
 
 
 def train(name):
@@ -174,6 +187,7 @@ def counted_wholes():
 
 def main(folder, *names):
     dist.init_process_group("gloo")
+    check_that_all_or_nothing_is_cut()
     for name in names:
         result, small = train(name)
         told = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""A model that lies in pieces on two processes (FSDP2) ends as one that is whole: groups, widths, weights, files.
+"""A model that lies in pieces on several processes (FSDP2, HSDP) ends as a whole one: groups, widths, weights, files.
 
 Real launches of `run_sharded.py`, compared with runs of a single process, which is this one.
 """
@@ -15,37 +15,43 @@ from safetensors.torch import load_file
 from tests.processes import run_sharded
 
 PROGRAM = Path(run_sharded.__file__)
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 TOLERANCE = 1e-6  # of float64 weights and float32 quantizers after 30 steps; one group that differs is 1e-2
 # Of a step: quantizers' gradients, whether all are finite, scores, sums of what is forgotten; magnitudes once a period.
 MOST_MESSAGES = 5
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", *TORCHRUN, PROGRAM, folder, *run_sharded.MODELS]
+def launch(processes, folder, *names):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [PROGRAM, folder, *names]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-8000:]
-    return folder
 
 
-@pytest.mark.parametrize("name", run_sharded.MODELS)
-def test_in_pieces_a_run_ends_as_whole(ended, name, tmp_path):
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Processes -> the folder with what their runs ended with."""
+    folders = {processes: tmp_path_factory.mktemp(f"of-{processes}") for processes in (2, 4)}
+    launch(2, folders[2], *run_sharded.MODELS)
+    launch(4, folders[4], "vit")
+    return folders
+
+
+@pytest.mark.parametrize(("processes", "name"), [*((2, name) for name in run_sharded.MODELS), (4, "vit")])
+def test_in_pieces_a_run_ends_as_whole(ended, processes, name, tmp_path):
     whole, small = run_sharded.train(name)
-    pieces = torch.load(ended / f"{name}.pt", weights_only=False)
-    assert (pieces["processes"], whole["processes"]) == (2, 1)
+    pieces = torch.load(ended[processes] / f"{name}.pt", weights_only=False)
+    assert (pieces["processes"], whole["processes"]) == (processes, 1)
     assert pieces["groups"] == whole["groups"]
     assert sum(pieces["groups"][-1]) > 0
     assert pieces["most_wholes"] == 1
-    assert max(pieces["messages"]) <= MOST_MESSAGES
+    assert max(pieces["messages"]) <= MOST_MESSAGES + (processes == 4)  # a mean over the other dimension of the mesh
     torch.testing.assert_close(pieces["widths"], whole["widths"], rtol=0, atol=TOLERANCE)
     assert pieces["weights"].keys() == whole["weights"].keys()
     for key, expected in whole["weights"].items():
         torch.testing.assert_close(pieces["weights"][key], expected, rtol=0, atol=TOLERANCE, msg=key)
     small.save_pretrained(tmp_path)
-    assert (tmp_path / "config.json").read_text() == (ended / name / "config.json").read_text()
-    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path, ended / name))
+    assert (tmp_path / "config.json").read_text() == (ended[processes] / name / "config.json").read_text()
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path, ended[processes] / name))
     assert ours.keys() == theirs.keys()
     for key, expected in ours.items():
         torch.testing.assert_close(theirs[key], expected, rtol=0, atol=TOLERANCE, msg=key)

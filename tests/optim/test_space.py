@@ -38,7 +38,9 @@ def test_entries_of_overlapping_groups_are_gathered_once():
 def test_owned_positions_cover_exactly_the_members():
     space, weight = two_axes()
     owned = space.owned_positions(torch.tensor([False, True, False, False, True]))
-    found = {(("w" if p is weight else "b"), dim): positions.tolist() for p, dim, positions in owned}
+    found = {
+        (("w" if p.data_ptr() == weight.data_ptr() else "b"), dim): positions.tolist() for p, dim, positions in owned
+    }
     assert found == {("w", 0): [2, 3], ("b", 0): [2, 3], ("w", 1): [2]}
 
 

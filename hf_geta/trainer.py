@@ -85,11 +85,14 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
                 "a learning-rate scheduler made before QASSO does not know the quantizers: pass "
                 "optimizers=(optimizer, None) and choose the schedule by TrainingArguments.lr_scheduler_type."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or getattr(self.model, "_tp_size", None):
+        spread = len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
+        in_pieces = self.is_fsdp_enabled or self.is_deepspeed_enabled or getattr(self.model, "_tp_size", None)
+        if in_pieces or spread:
             raise ValueError(
                 "GETATrainer compresses on one device or under DDP: launch with a DDP configuration "
                 "(configs/accelerate/ddp.yaml). A model that has to be cut is trained by a loop of your own, with "
-                "torch's fully_shard (FSDP2); accelerate's FSDP, DeepSpeed and tensor parallelism are not supported."
+                "torch's fully_shard (FSDP2); accelerate's FSDP, DeepSpeed, tensor parallelism and a device_map over "
+                "several devices are not supported."
             )
         if is_distributed() and dist.get_world_size() != self.args.world_size:
             raise ValueError(

@@ -301,6 +301,23 @@ def test_a_scheduler_that_does_not_know_the_quantizers_is_refused(tmp_path):
         make_trainer(tmp_path, model=model, optimizers=(optimizer, scheduler))
 
 
+@pytest.mark.parametrize(
+    ("holder", "attribute", "value"),
+    [
+        ("model", "hf_device_map", {"vit": 0, "classifier": 1}),
+        ("model", "_tp_size", 2),
+        (None, "is_fsdp_enabled", True),
+        (None, "is_deepspeed_enabled", True),
+    ],
+)
+def test_models_in_pieces_are_refused_with_what_works(tmp_path, holder, attribute, value):
+    """Engines that no CPU runs: said by the attributes by which transformers tells of them."""
+    trainer = make_trainer(tmp_path)
+    setattr(trainer.model if holder else trainer, attribute, value)
+    with pytest.raises(ValueError, match=r"ddp\.yaml.*fully_shard"):
+        trainer._refuse_what_qasso_cannot_drive()
+
+
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):

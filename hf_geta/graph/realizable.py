@@ -26,17 +26,25 @@ def freeze_unrealizable(equations: Iterable[Equation], attributes: Values) -> li
     generator = random.Random(0)
     remaining: list[Equation] = []
     for component in components(_over_free_leaves(equations)):
-        samples = 0
-        while samples < SAMPLES and (concerned := _axes_in(component)):
-            sizes = {leaf: generator.randint(1, leaf.size - 1) for leaf in concerned}
+        waiting = _samples(component, generator)
+        while waiting:
             try:
-                solve(component, sizes, attributes)
-                samples += 1
+                solve(component, waiting[-1], attributes)
+                waiting.pop()
             except UnsolvableError as error:
                 _freeze_unsolvable(error.equation, component)
                 component = _over_free_leaves(component)
+                waiting = _samples(component, generator)
         remaining += component
     return _deciding(remaining)
+
+
+def _samples(component: Collection[Equation], generator: random.Random) -> list[dict[AxisNode, int]]:
+    """Sizes to try: random ones of all axes; and each axis smaller alone, which finds those that must be equal."""
+    concerned = _axes_in(component)
+    full = {leaf: leaf.size for leaf in concerned}
+    together = [{leaf: generator.randint(1, leaf.size - 1) for leaf in concerned} for _ in range(SAMPLES)]
+    return [*({**full, leaf: leaf.size - 1} for leaf in concerned), *together] if concerned else []
 
 
 def freeze_alone_unrealizable(rivals: Iterable[AxisNode], equations: Iterable[Equation], attributes: Values) -> None:

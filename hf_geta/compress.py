@@ -42,6 +42,7 @@ from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable, nearest_allowed
 from hf_geta.preparation import Preparation, is_prepared, preparation_of, prunable_parameters
 from hf_geta.quantization.calibration import calibrate_, share_input_quantizers_
+from hf_geta.quantization.experts import split_experts_
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers, restore_modules_
 from hf_geta.report.publish import publish_with_card_
 from hf_geta.sharding import Shards
@@ -84,15 +85,15 @@ def prepare_model(
         if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
             raise ValueError(f"{name} holds NaN: check the data and its preprocessing.")
     agree_on_(itertools.chain(model.parameters(), model.buffers()))
-    # tried on the weights, so that a wrong graph never costs a training run
-    preparation = agreed_object(find_groups(model, config, inputs, verify=True))
-    if config.weight_bits is not None:
-        with contextlib.ExitStack() as undo:
-            undo.callback(restore_modules_, model)  # refused: the model as it came, for other data may do
+    with contextlib.ExitStack() as undo:
+        undo.callback(restore_modules_, model)  # refused: the model as it came, for other data may do
+        # tried on the weights, so that a wrong graph never costs a training run
+        preparation = agreed_object(find_groups(model, config, inputs, verify=True))
+        if config.weight_bits is not None:
             quantize_modules_(model, config)
             _check_float_parameters(model)
             _calibrate(model, config, batches)
-            undo.pop_all()
+        undo.pop_all()
     model.geta = preparation  # type: ignore[assignment]
     return model
 
@@ -100,12 +101,15 @@ def prepare_model(
 def find_groups(model: PreTrainedModel, config: GETAConfig, inputs: Inputs, verify: bool | None = None) -> Preparation:
     """What `prepare_model` learns: the pruning groups that a run with `config` chooses from.
 
+    Stacked experts that will be quantized become layers first.
+
     Args:
         verify: try them on the model's weights, as in `build_qadg`.
 
     Raises:
         ValueError: if there are none, and the run is to prune.
     """
+    make_layers_of_experts_(model, config)
     qadg = build_qadg(model, inputs, verify=verify, optional=config.optional_axes)
     families = None
     if config.uniform:
@@ -131,6 +135,12 @@ def _check_float_parameters(model: PreTrainedModel) -> None:
             f"model without one in float: write modules_to_not_convert=[{list(layers)[-1]!r}], or no "
             "quantize_embeddings."
         )
+
+
+def make_layers_of_experts_(model: nn.Module, config: GETAConfig) -> None:
+    """Make layers of the stacked experts that a run with `config` quantizes; a second call changes nothing."""
+    if config.weight_bits is not None:
+        split_experts_(model, config.modules_to_not_convert or ())
 
 
 def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inputs]) -> None:

@@ -20,7 +20,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_geta.checkpoint.dequantize import dequantize_
 from hf_geta.checkpoint.layers import PackedLayer, check_backend, set_backend_
-from hf_geta.checkpoint.manifest import QUANT_METHOD, Manifest, fit_manifest, in_file_names, write_manifest_
+from hf_geta.checkpoint.manifest import (
+    QUANT_METHOD,
+    Manifest,
+    fit_manifest,
+    in_file_names,
+    split_packed_experts_,
+    write_manifest_,
+)
 from hf_geta.checkpoint.names import packed_tensors, save_as_they_are_, without_conversions_of
 from hf_geta.checkpoint.prune import resize_, set_attributes_
 from hf_geta.checkpoint.swap import replace_with_packed_
@@ -73,6 +80,7 @@ class GETAHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _refuse_pickles(kwargs.get("checkpoint_files") or ())
+        split_packed_experts_(self.quantization_config.manifest, model)
         manifest = fit_manifest(self.quantization_config.manifest, model)
         weights = {f"{name}.weight": layer.shape for name, layer in manifest.layers.items()}
         dense = model.state_dict()
@@ -121,8 +129,13 @@ class GETAHfQuantizer(HfQuantizer):
             vars(part.config).pop("_is_quantized", None)
             vars(part.config).pop("quantization_config", None)
         if self._float_manifest != Manifest():
-            save_as_they_are_(model, self._float_manifest.shapes)
-            write_manifest_(model, self._float_manifest)
+            tensors = model.state_dict()  # experts are single tensors again
+            shapes = {
+                name if name in tensors else name.removesuffix(".weight"): shape
+                for name, shape in self._float_manifest.shapes.items()
+            }
+            save_as_they_are_(model, shapes)
+            write_manifest_(model, Manifest(shapes, self._float_manifest.attributes))
         return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
 
     def is_serializable(self) -> bool:

@@ -9,7 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_geta.checkpoint.layers import PackedLayer
+from hf_geta.checkpoint.prune import resize_
 from hf_geta.checkpoint.swap import PACKED_CLASSES
+from hf_geta.quantization.experts import join_experts_
 
 
 @torch.no_grad()
@@ -35,6 +37,8 @@ def dequantize_(model: PreTrainedModel) -> None:
         dense = _dense_layer(layer, weights[layer.shared_with[0] if layer.shared_with else layer])
         for alias in aliases:
             model.set_submodule(alias, dense)
+    join_experts_(model)
+    resize_(model, {})  # experts say how they run at the sizes that they have
     shared = {f"{alias}.weight" for layer, aliases in names.items() if layer.shared_with for alias in aliases}
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.all_tied_weights_keys.update({name: tied[name] for name in sorted(shared & tied.keys())})

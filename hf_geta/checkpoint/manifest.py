@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from hf_geta.checkpoint.manifest_checks import check_fits, check_manifest, is_size
 from hf_geta.checkpoint.names import Rename, file_to_module, module_to_file
+from hf_geta.quantization.experts import split_named_experts_
 
 QUANT_METHOD = "geta"
 FORMAT_VERSION = 1
@@ -120,6 +121,13 @@ def in_file_names(manifest: Manifest, model: nn.Module) -> Manifest:
     """The manifest as config.json has it, from one in the names of the modules of `model`."""
     rename = module_to_file(model)
     return _rename(manifest, rename, rename, lambda name: _of_layer(rename, name))
+
+
+def split_packed_experts_(manifest: Manifest, model: nn.Module) -> None:
+    """Make layers of the stacked experts that a manifest from config.json calls layers, in the model that it is for."""
+    here = _Finder(model)
+    found = {here.tensor(name) for name in manifest.layers}
+    split_named_experts_(model, {name for name in found if name is not None})
 
 
 def fit_manifest(manifest: Manifest, model: nn.Module) -> Manifest:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hf_geta.checkpoint.manifest import QUANT_METHOD, Manifest, fit_manifest, write_manifest_
+from hf_geta.checkpoint.manifest import QUANT_METHOD, Manifest, fit_manifest, split_packed_experts_, write_manifest_
 from hf_geta.checkpoint.prune import resize_, set_attributes_
 
 BUILD_ERRORS = (ImportError, OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError)
@@ -52,7 +52,9 @@ def dense_skeleton(source: str | Path) -> tuple[PreTrainedModel, Manifest]:
             f"{source} is not compressed by GETA: its config.json has no quantization_config of quant_method "
             f"{QUANT_METHOD!r}. `hf-geta graph` shows what could be pruned in it."
         )
-    return model, fit_manifest(Manifest.from_dict(values or {}), model)
+    manifest = Manifest.from_dict(values or {})
+    split_packed_experts_(manifest, model)
+    return model, fit_manifest(manifest, model)
 
 
 def is_compressed(source: str | Path) -> bool:
@@ -180,7 +182,9 @@ def _compressed_(model: PreTrainedModel, values: dict[str, Any]) -> PreTrainedMo
     """Give the model the shapes that a compressed checkpoint has."""
     if values.get("quant_method") != QUANT_METHOD:
         return model  # quantized by others: the structure is that of the float model
-    manifest = fit_manifest(Manifest.from_dict(values), model)
+    manifest = Manifest.from_dict(values)
+    split_packed_experts_(manifest, model)
+    manifest = fit_manifest(manifest, model)
     weights = {f"{name}.weight": layer.shape for name, layer in manifest.layers.items()}
     resize_(model, {**manifest.shapes, **weights})
     set_attributes_(model, manifest.attributes)

@@ -65,8 +65,8 @@ def without_conversions_of(conversions: Iterable[Any], tensors: Iterable[str]) -
 
 
 def packed_tensors(layers: Iterable[str]) -> list[str]:
-    """The tensors of packed layers that a family's conversions may know."""
-    return [f"{name}.{tensor}" for name in layers for tensor in ("weight", "bias")]
+    """The tensors of packed layers that a family's conversions may know; stacked experts are tensors themselves."""
+    return [f"{name}{tensor}" for name in layers for tensor in ("", ".weight", ".bias")]
 
 
 def save_as_they_are_(model: nn.Module, tensors: Iterable[str]) -> None:

@@ -19,6 +19,7 @@ from hf_geta.graph.example_inputs import example_inputs
 from hf_geta.graph.fields import ConfigFields, Dim, agrees_with, format_path
 from hf_geta.graph.tracing import named_tensors
 from hf_geta.measure import output_difference
+from hf_geta.quantization.experts import join_experts_, stacked_layers
 
 # Both models multiply the same numbers; what differs is the order of sums, and less than the dtype's own rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
@@ -54,6 +55,7 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
         logger.info("%s", ", ".join(f"{format_path(path)} = {value}" for path, value in changes.items()))
     plain = fields.build(changes)
     assert plain is not None  # `solve` has built it
+    join_experts_(plain)
     plain.load_state_dict(float_tensors(model), assign=True)
     plain.tie_weights()
     if plain.can_generate():
@@ -72,7 +74,10 @@ def float_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     packed = packed_weights(model)
     scales = {f"{name.removesuffix('weight')}step_size" for name in packed}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in scales}
-    return {name: packed[name].weight if name in packed else tensor for name, tensor in tensors.items()}
+    stacked = {f"{name}.weight": name for name in stacked_layers(model)}
+    return {
+        stacked.get(name, name): packed[name].weight if name in packed else tensor for name, tensor in tensors.items()
+    }
 
 
 def leave_inputs_in_float_(model: PreTrainedModel, weights: Iterable[str]) -> None:

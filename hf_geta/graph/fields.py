@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_geta.checkpoint.models import build_by_class, without_quantization
 from hf_geta.graph.folding import fold_names
 from hf_geta.graph.tracing import named_tensors
+from hf_geta.quantization.experts import split_named_experts_, stacked_layers
 
 Dim = tuple[str, int]  # a tensor and one of its dimensions
 Path = tuple[str | int, ...]  # of a field: ("text_config", "intermediate_size"), ("hidden_sizes", 1)
@@ -46,6 +47,7 @@ class ConfigFields:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model_class, self._config_class = type(model), type(model.config)
+        self._stacked = stacked_layers(model)
         self._dict = without_quantization(model.config).to_dict()
         self.shapes = self._shapes_with({}) or {}
         for path, size in list(_implied_head_sizes(self._dict)):
@@ -68,7 +70,9 @@ class ConfigFields:
     def build(self, changes: Changes) -> PreTrainedModel | None:
         """The model of the changed config, on the meta device; None where there is none."""
         with _silenced(), contextlib.suppress(Exception):
-            return build_by_class(self._model_class, self.config_with(changes))
+            built = build_by_class(self._model_class, self.config_with(changes))
+            split_named_experts_(built, self._stacked)
+            return built
         return None
 
     def accepts(self, changes: Changes) -> bool:

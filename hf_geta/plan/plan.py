@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+from hf_geta.compress import make_layers_of_experts_
 from hf_geta.config import WIDTHS, GETAConfig
 from hf_geta.graph.qadg import QADG
 from hf_geta.graph.table import Tensors
@@ -75,6 +76,7 @@ def make_plan(run: Run, processes: int = 1) -> Plan:
     total_steps = run.total_steps(processes)
     schedule = Schedule.from_config(config, total_steps)  # refuses before a trace is spent
     inputs = run.batch()
+    make_layers_of_experts_(model, config)
     tensors = Tensors.of(model)
     dense_gradients = tensor_bytes(p for p in model.parameters() if p.requires_grad)
     prepare_skeleton_(model, config, inputs)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta.config import GETAConfig
+from hf_geta.quantization.experts import StackedLinear, join_experts_, stacked_parameters
 from hf_geta.quantization.functional import fake_quantize
+from hf_geta.quantization.kernels import Grid
 from hf_geta.quantization.products import Conv2dProduct, LinearProduct, Product, quantized_product
 from hf_geta.quantization.quantizers import Quantizer
 
@@ -136,10 +138,49 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
         return rounded.view(rows.shape)
 
 
+class QuantStackedLinear(QuantizedLayer, StackedLinear):
+    """`StackedLinear` with one width for all experts, one step size for each, and one quantizer of their inputs."""
+
+    def per_expert(self) -> list[tuple[Tensor, Grid | None]]:
+        """Expert -> its weight and its grid; None where weights are not rounded."""
+        weights = self.weight.unbind(0)
+        if not self.weight_quantizer.enabled:
+            return [(weight, None) for weight in weights]
+        grid, rows = self.weight_quantizer.grid, weights[0].shape[0]
+        return [
+            (weight, grid._replace(channel_scale=scale.expand(rows, 1)))
+            for weight, scale in zip(weights, grid.channel_scale.unbind(0), strict=True)
+        ]
+
+    def forward(self, x: Tensor, expert: tuple[Tensor, Grid | None]) -> Tensor:  # type: ignore[override]
+        """Rows (rows, in) through one expert: (rows, out)."""
+        (weight, grid), x_quantizer = expert, self.input_quantizer
+        if x_quantizer is not None and not x_quantizer.enabled:
+            x_quantizer = None
+        if grid is None:
+            return self._apply_weight(x if x_quantizer is None else x_quantizer(x), weight)
+        x_grid = None if x_quantizer is None else x_quantizer.grid
+        return quantized_product(LinearProduct(self.is_transposed), x, weight, None, x_grid, grid)
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.product(x, weight)
+
+    def __getitem__(self, experts: Any) -> Tensor:
+        return self.weight_quantizer(self.weight)[experts]
+
+    @property
+    def input_features(self) -> int:
+        return self.weight.shape[1 if self.is_transposed else 2]
+
+    def spread_over_weight(self, features: Tensor) -> Tensor:
+        return features[:, None] if self.is_transposed else features[None]
+
+
 QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantLinear,
     nn.Conv2d: QuantConv2d,
     Conv1D: QuantConv1D,
+    StackedLinear: QuantStackedLinear,
 }
 
 
@@ -191,16 +232,22 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
             f"{type(model).__name__} has no layer to quantize: no Linear, Conv2d or Conv1D is left "
             f"with modules_to_not_convert={config.modules_to_not_convert}; shorten that list, or check the model."
         )
+    if all(isinstance(model.get_submodule(name), StackedLinear) for name in names):
+        raise ValueError(
+            "only experts would be quantized. Where hf_geta is not imported, transformers takes a checkpoint of that "
+            "kind for one without experts and draws random ones: let modules_to_not_convert leave another layer."
+        )
     logger.info("quantized %d layers: %s", len(names), ", ".join(names))
     return names
 
 
 def restore_modules_(model: nn.Module) -> None:
-    """Undo `quantize_modules_`: the float layers again, with the same parameters."""
+    """Undo `quantize_modules_` and `split_experts_`: the float layers again, with the same parameters."""
     layers: dict[str, Any] = dict(quantized_layers(model))
     for layer in layers.values():
         layer.__class__ = layer.float_class
         del layer.weight_quantizer, layer.input_quantizer, layer.float_class
+    join_experts_(model)
 
 
 def _quantized_class(module: nn.Module, is_embedding: bool) -> type[QuantizedLayer] | None:
@@ -246,7 +293,7 @@ def _weight_quantizer(
     if not weight.is_meta and not torch.isfinite(weight).all():
         raise ValueError(f"{name}.weight contains NaN or infinite values: check the checkpoint that it came from.")
     shape = None
-    if config.granularity == "channel" or is_embedding:
+    if config.granularity == "channel" or is_embedding or isinstance(module, StackedLinear):
         shape = tuple(size if dim == channel_dim else 1 for dim, size in enumerate(weight.shape))
     widths = "quantize_embeddings" if is_embedding else "weight_bits"
     quantizer = Quantizer(shape, device=weight.device, widths=widths)
@@ -279,8 +326,9 @@ def _skipped_names(model: nn.Module, names: Any, embeddings: Collection[int]) ->
             and id(module._parameters.get("weight")) not in embeddings
         }
     skipped: set[str] = set()
+    named = [*modules, *stacked_parameters(model)]  # experts that are to stay stacked are no modules
     for pattern in names:
-        matches = {name for name in modules if f".{pattern}." in f".{name}."}
+        matches = {name for name in named if f".{pattern}." in f".{name}."}
         if not matches:
             raise ValueError(
                 f"modules_to_not_convert: {pattern!r} matches no module of {type(model).__name__}; "

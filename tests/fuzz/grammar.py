@@ -180,6 +180,6 @@ def options(draw, has_embedding):
     if weight_bits:
         options["quantize_embeddings"] = one_of(None, None, 4, 8) if has_embedding else None
         options["share_inputs"] = options["activation_bits"] is not None and one_of(False, False, True)
-    options["uniform"] = one_of(False, False, False, False, False, True)
+    options["uniform"] = one_of(*[False] * 11, True)
     options["optional_axes"] = one_of((), (), (), ("query_head",), ("head_dim",), ("query_head", "head_dim"))
     return options

@@ -5,12 +5,14 @@ And what comes of it, finalized, saved and loaded, computes in float what the ma
 
 from __future__ import annotations
 
+import copy
+import random
 import re
 import tempfile
 
 import torch
 
-from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model
+from hf_geta import GETAConfig, build_qadg, create_optimizer, finalize_model, prepare_model
 from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.measure import float_inputs, measure_compression, output_difference
 from hf_geta.optim.schedule import Stage
@@ -22,6 +24,7 @@ ADVICE = re.compile(r"\b(write|pass|choose|use|shorten|check|let|raise|start|low
 DIVERGED = "diverged"  # the model's own doing: products of branches, trained by plain SGD
 EXACT = 1e-4  # relative: sums are taken over fewer zeros, in another order
 ROUNDING = 1e-9
+IN_DOUBLE, CUTS = 1e-10, 4
 
 
 def run_or_refusal(model_values, settings, optimizer):
@@ -122,3 +125,27 @@ def check_what_is_saved(model, inputs):
     with float_inputs(model), float_inputs(loaded):
         difference = output_difference(model, loaded, inputs)
     assert difference <= EXACT, f"loaded and masked differ by {difference:.1e}"
+
+
+def check_cuts(model_values, seed):
+    """Whichever groups go, of one axis or of several: the cut model computes what the masked one does, in double.
+
+    Returns:
+        How many axes there were.
+    """
+    model, draw = make_model(*model_values).eval(), random.Random(seed)
+    inputs = {"x": make_batch(*model_values[:2])["x"]}
+    qadg = build_qadg(model, inputs)
+    model.double()
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    for _ in range(CUTS):
+        removed = {
+            axis.name: draw.sample(range(axis.size), draw.randint(1, axis.size - 1))
+            for axis in qadg.axes
+            if draw.random() < 0.5
+        }
+        masked = copy.deepcopy(model)
+        qadg.zero_(masked, removed)
+        difference = output_difference(masked, qadg.prune(model, removed), inputs)
+        assert difference <= IN_DOUBLE, f"without {removed} they differ by {difference:.1e}"
+    return len(qadg.axes)

@@ -7,25 +7,28 @@ import os
 from collections import Counter
 
 from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
 
-from tests.fuzz.grammar import runs
-from tests.fuzz.law import DIVERGED, run_or_refusal
+from tests.fuzz.grammar import models, runs
+from tests.fuzz.law import DIVERGED, check_cuts, run_or_refusal
 
 LONG = int(os.environ.get("HF_GETA_FUZZ_EXAMPLES", "0"))
-EXAMPLES = LONG or 40
+
+
+DRAWN = settings(
+    max_examples=LONG or 40,
+    derandomize=not LONG,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=bool(LONG),
+)
 
 
 def test_a_random_run_is_refused_in_words_or_keeps_its_targets():
     outcomes = Counter()
 
-    @settings(
-        max_examples=EXAMPLES,
-        derandomize=not LONG,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        print_blob=bool(LONG),
-    )
+    @DRAWN
     @given(runs())
     def law(run):
         outcome = run_or_refusal(*run)
@@ -38,3 +41,15 @@ def test_a_random_run_is_refused_in_words_or_keeps_its_targets():
         print(count, refusal)  # shown by pytest -s
     assert kept > drawn / 2, "too few runs say anything"
     assert outcomes[DIVERGED] <= drawn / 20
+
+
+def test_whichever_groups_of_a_random_model_go_the_cut_model_is_the_masked_one():
+    found = Counter()
+
+    @DRAWN
+    @given(models(), st.integers(0, 2**32))
+    def law(model, seed):
+        found[bool(check_cuts(model, seed))] += 1
+
+    law()
+    assert found[True] > found[False]

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer = None
     if args.do_train:
         trainer = train(
-            AutoModelForQuestionAnswering.from_pretrained(model_args.model_name_or_path),
+            AutoModelForQuestionAnswering.from_pretrained(model_args.model_name_or_path, dtype=torch.float32),
             model_args,
             args,
             geta_config,

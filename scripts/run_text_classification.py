@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from classification import accuracy_of_prediction, evaluate_accuracy
 from run_arguments import parse_run
 from runs import ModelArguments, leave_processes, measure, train, trained_folder, write_report
@@ -62,7 +63,7 @@ def load_classifier(name: str, classes: list[str]) -> PreTrainedModel:
     id2label = dict(enumerate(classes))
     label2id = {label: i for i, label in id2label.items()}
     return AutoModelForSequenceClassification.from_pretrained(
-        name, id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True
+        name, id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True, dtype=torch.float32
     )
 
 

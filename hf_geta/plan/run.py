@@ -136,7 +136,8 @@ def read_run(
     geta = GETAConfig.from_dict(values.pop(SECTION))
     image_size = image_size or values.get("image_size")
     config, source = _config_of(values, model, image_size)
-    skeleton = skeleton_of(config, class_name or _class_name(values, config), source)
+    # in float32, as the programs train
+    skeleton = skeleton_of(config, class_name or _class_name(values, config), source).float()
     length = length or _length(values, config)
     return Run(
         source=source,

@@ -66,7 +66,7 @@ def load_model(arguments: ModelArguments, processor: Any, class_names: list[str]
     labels = {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
     if arguments.model_name_or_path is not None:
         model = AutoModelForImageClassification.from_pretrained(
-            arguments.model_name_or_path, ignore_mismatched_sizes=True, dtype=torch.float32, **labels
+            arguments.model_name_or_path, ignore_mismatched_sizes=True, dtype=arguments.dtype, **labels
         )
         size = arguments.image_size
         return model if size in (None, getattr(model.config, "image_size", None)) else resize_positions(model, size)

@@ -5,7 +5,7 @@
 
 Flags, dense twin (`--compress false`), evaluation alone (`--do_train false --model_name_or_path FOLDER`) and
 report.json, here with the perplexity, are those of run_image_classification.py. Weights train in float32 whatever their
-file has; `--bf16 true` computes in bfloat16.
+file has (`--dtype`); `--bf16 true` computes in bfloat16.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from perplexity import evaluate_perplexity
 from run_arguments import parse_run
 from runs import ModelArguments, leave_processes, measure, train, trained_folder, write_report
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer = None
     if args.do_train:
         trainer = train(
-            AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
+            AutoModelForCausalLM.from_pretrained(name, dtype=model_args.dtype),
             model_args,
             args,
             geta_config,

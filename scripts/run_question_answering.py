@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer = None
     if args.do_train:
         trainer = train(
-            AutoModelForQuestionAnswering.from_pretrained(model_args.model_name_or_path, dtype=torch.float32),
+            AutoModelForQuestionAnswering.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype),
             model_args,
             args,
             geta_config,

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     encoded = tokenize_pairs(rows, tokenizer, data_args)
     trainer = None
     if args.do_train:
-        model = AutoModelForSeq2SeqLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
+        model = AutoModelForSeq2SeqLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype)
         trainer = train(
             model,
             model_args,

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from classification import accuracy_of_prediction, evaluate_accuracy
 from run_arguments import parse_run
 from runs import ModelArguments, leave_processes, measure, train, trained_folder, write_report
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer = None
     if args.do_train:
         trainer = train(
-            load_classifier(str(model_args.model_name_or_path), texts.names),
+            load_classifier(str(model_args.model_name_or_path), texts.names, model_args.dtype),
             model_args,
             args,
             geta_config,
@@ -58,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return entry
 
 
-def load_classifier(name: str, classes: list[str]) -> PreTrainedModel:
+def load_classifier(name: str, classes: list[str], dtype: str = "float32") -> PreTrainedModel:
     """The pretrained model with one output for each class; a head of another size is left behind."""
     id2label = dict(enumerate(classes))
     label2id = {label: i for i, label in id2label.items()}
     return AutoModelForSequenceClassification.from_pretrained(
-        name, id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True, dtype=torch.float32
+        name, id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True, dtype=dtype
     )
 
 

@@ -42,6 +42,14 @@ class ModelArguments:
     model_name_or_path: str | None = dataclasses.field(
         default=None, metadata={"help": "Weights to start from: a name on the Hub or a folder."}
     )
+    dtype: str = dataclasses.field(
+        default="float32",
+        metadata={
+            "help": "Of the weights that train. In bfloat16 small steps are lost; --bf16 true computes in it instead. "
+            "auto: as they are stored.",
+            "choices": ["float32", "bfloat16", "float16", "auto"],
+        },
+    )
     head_learning_rate: float | None = dataclasses.field(
         default=None, metadata={"help": "Learning rate of the new head, where it differs from learning_rate."}
     )

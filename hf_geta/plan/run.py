@@ -52,6 +52,7 @@ CLASS_OF_KEY = {
 }
 EXPONENTIAL = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -136,8 +137,11 @@ def read_run(
     geta = GETAConfig.from_dict(values.pop(SECTION))
     image_size = image_size or values.get("image_size")
     config, source = _config_of(values, model, image_size)
-    # in float32, as the programs train
-    skeleton = skeleton_of(config, class_name or _class_name(values, config), source).float()
+    skeleton = skeleton_of(config, class_name or _class_name(values, config), source)
+    if (dtype := values.get("dtype", "float32")) != "auto":  # as the programs load it
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r}: write {', '.join(DTYPES)} or auto.")
+        skeleton.to(DTYPES[dtype])  # type: ignore[arg-type]  # in place; transformers wraps it
     length = length or _length(values, config)
     return Run(
         source=source,

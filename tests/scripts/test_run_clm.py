@@ -99,12 +99,13 @@ def runs(folder):
     }
 
 
-def test_weights_that_are_stored_in_bfloat16_train_in_float32(folder):
+def test_weights_that_are_stored_in_bfloat16_train_in_float32_unless_asked(folder):
     LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16).save_pretrained(folder / "halves")
     tokenizer_of_words().save_pretrained(folder / "halves")
-    run(folder, "from_halves", "--model_name_or_path", str(folder / "halves"), "--max_steps", "17")
     assert AutoModelForCausalLM.from_pretrained(folder / "halves").dtype == torch.bfloat16
-    assert AutoModelForCausalLM.from_pretrained(folder / "from_halves").dtype == torch.float32
+    for flags, dtype in (((), torch.float32), (("--dtype", "auto"), torch.bfloat16)):
+        run(folder, "from_halves", "--model_name_or_path", str(folder / "halves"), "--max_steps", "17", *flags)
+        assert AutoModelForCausalLM.from_pretrained(folder / "from_halves").dtype == dtype
 
 
 def test_every_entry_has_the_keys_of_the_report(runs):

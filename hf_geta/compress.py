@@ -44,6 +44,7 @@ from hf_geta.preparation import Preparation, is_prepared, preparation_of, prunab
 from hf_geta.quantization.calibration import calibrate_, share_input_quantizers_
 from hf_geta.quantization.experts import split_experts_
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers, restore_modules_
+from hf_geta.quantization.outliers import widen_outliers_
 from hf_geta.report.publish import publish_with_card_
 from hf_geta.sharding import Shards
 
@@ -148,6 +149,8 @@ def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inp
         if config.share_inputs:
             share_input_quantizers_(model, batches[0])
         calibrate_(model, batches, config.initial_bits)
+        if (widths := config.allowed_bits("activation_bits")) is not None:
+            widen_outliers_(model, batches, widths[-1], config.outlier_activation_bits)
     except (LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(model).__name__} does not take a calibration batch: {error!r}.") from error
 

@@ -14,7 +14,8 @@ from typing import Any
 from hf_geta.config_checks import MAX_BITS, MIN_BITS, check_config, parse_bytes
 
 DEFAULT_GROUP_SPARSITY = 0.5
-WIDTHS = ("weight_bits", "quantize_embeddings", "activation_bits")  # fields that bound widths of quantizers
+# the fields that bound widths of quantizers
+WIDTHS = ("weight_bits", "quantize_embeddings", "activation_bits", "outlier_activation_bits")
 OPTIONAL_AXES = ("query_head", "head_dim")  # kinds that are left alone unless they are asked for
 
 
@@ -52,6 +53,14 @@ class GETAConfig:
     )
     activation_bits: list[int] | None = dataclasses.field(
         default=None, metadata={"help": "Activation widths, likewise; none leaves activations in float."}
+    )
+    outlier_activation_bits: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Width in bits, such as 16, of the few activations whose outliers leave activation_bits nothing "
+            "for all other numbers: calibration finds them, mostly inputs of a decoder's down projections. none gives "
+            "all layers activation_bits, and warns."
+        },
     )
     discrete_bits: bool = dataclasses.field(
         default=False, metadata={"help": "Two numbers of bits are a set of allowed widths too, not a range."}

@@ -23,6 +23,7 @@ def check_config(config: Any) -> None:
             f"activation_bits={config.activation_bits} without weight_bits: a layer rounds its weight whenever it "
             "rounds its input; write weight_bits=(8, 8) or drop activation_bits."
         )
+    _check_outliers(config)
     _check_embeddings(config)
     if config.weight_bits is None and not config.prunes:
         raise ValueError("weight_bits=None and group_sparsity=0 compress nothing: train with transformers.Trainer.")
@@ -94,6 +95,23 @@ def _check_bits(name: str, bits: Any, initial_bits: float) -> None:
     if upper > initial_bits:
         raise ValueError(
             f"{name}={bits} starts above initial_bits={initial_bits}: raise initial_bits to at least {upper}."
+        )
+
+
+def _check_outliers(config: Any) -> None:
+    bits = config.outlier_activation_bits
+    if bits is None:
+        return
+    if config.activation_bits is None:
+        raise ValueError(
+            f"outlier_activation_bits={bits} without activation_bits: no input is rounded; write activation_bits=(8, 8)"
+            ", or drop it."
+        )
+    lower = config.activation_bits[-1] + 1
+    if not isinstance(bits, int) or not lower <= bits <= config.initial_bits:
+        raise ValueError(
+            f"outlier_activation_bits={bits!r}: write one width above activation_bits={config.activation_bits}, up to "
+            f"initial_bits={config.initial_bits}; or drop it."
         )
 
 

@@ -1,4 +1,8 @@
-"""GETATrainer on a decoder: what saves memory changes nothing else, and compression itself takes little of it."""
+"""GETATrainer on a decoder: what saves memory changes nothing else, compression itself takes little of it, and
+massive activations are no obstacle.
+"""
+
+import dataclasses
 
 import pytest
 import torch
@@ -7,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from hf_geta import GETAConfig, GETATrainer, create_optimizer, prepare_model
 from hf_geta.optim.schedule import Stage
 from hf_geta.quantization.quantizers import Quantizer
+from hf_geta.report.check import check_folder
 
 STEPS = 20
 SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -22,8 +27,8 @@ CONFIG = GETAConfig(
 
 def llama(**changes):
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES | changes, num_key_value_heads=2, tie_word_embeddings=True, use_cache=False)
-    return LlamaForCausalLM(config)
+    values = SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": True, "use_cache": False} | changes
+    return LlamaForCausalLM(LlamaConfig(**values))
 
 
 def blocks():
@@ -32,7 +37,7 @@ def blocks():
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def train(folder, model, **changes):
+def train(folder, model, config=CONFIG, **changes):
     """(the trainer after its run, its losses)"""
     values = {
         "max_steps": STEPS,
@@ -46,7 +51,7 @@ def train(folder, model, **changes):
     }
     args = TrainingArguments(output_dir=str(folder), **values | changes)
     trainer = GETATrainer(
-        model=model, args=args, geta_config=CONFIG, train_dataset=blocks(), data_collator=default_data_collator
+        model=model, args=args, geta_config=config, train_dataset=blocks(), data_collator=default_data_collator
     )
     trainer.train()
     return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -95,6 +100,32 @@ def test_a_bfloat16_model_trains_with_float32_quantizers_and_loads_alike(tmp_pat
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.dtype == torch.bfloat16
     assert torch.equal(loaded(input_ids=ids).logits, small(input_ids=ids).logits)
+
+
+def test_a_massive_activation_gets_the_bits_that_it_needs(tmp_path):
+    """One hidden unit of one layer answers one token, and 10,000 times louder than any other unit."""
+    model = llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        embeddings, mlp = model.model.embed_tokens.weight, model.model.layers[0].mlp
+        embeddings[:, 0] = 0
+        embeddings[7], embeddings[7, 0] = 0, 1
+        for projection in (mlp.up_proj, mlp.gate_proj):
+            projection.weight[5] = 0
+            projection.weight[5, 0] = 20
+    config = dataclasses.replace(CONFIG, quantize_embeddings=None, outlier_activation_bits=16)
+    trainer, losses = train(tmp_path, model, config, learning_rate=1e-3)
+    assert all(torch.isfinite(torch.tensor(losses)))
+    trainer.save_model()
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), blocks()[0]["input_ids"][None]
+    widths = {
+        name.removeprefix("model.layers."): module.manifest.activation_bits
+        for name, module in loaded.named_modules()
+        if hasattr(module, "manifest")
+    }
+    assert {name for name, bits in widths.items() if bits == 16} == {"0.mlp.down_proj"}
+    assert set(widths.values()) == {8, 16}
+    assert torch.allclose(loaded(input_ids=ids).logits, trainer.finalize().eval()(input_ids=ids).logits, atol=1e-5)
+    assert [check for check in check_folder(tmp_path) if not check.holds] == []
 
 
 def test_compression_keeps_at_most_a_twentieth_of_the_models_bytes():

@@ -19,6 +19,7 @@ from hf_geta.plan.memory import OptimizerMemory, PassMemory, measure_optimizer, 
 from hf_geta.plan.run import Run
 from hf_geta.quantization.histogram import MagnitudeHistogram
 from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.outliers import OUTLIER_BYTES
 from hf_geta.quantization.quantizers import Quantizer
 
 # What is held of every redundant entry: its index, and in a step its value; of those of a chunk so many numbers more.
@@ -148,6 +149,9 @@ def plan_communication(model: nn.Module, qasso: QASSO, gradients: int) -> Commun
         decision_messages=1 + prices,
         final_widths=widths,
         calibration=sum(
-            4 * layer.input_features + tensor_bytes([histogram.counts, histogram.extremes]) for layer in layers
+            4 * layer.input_features
+            + tensor_bytes([histogram.counts, histogram.extremes])
+            + OUTLIER_BYTES * (layer.input_quantizer is not None)
+            for layer in layers
         ),
     )

@@ -134,7 +134,7 @@ def plan_stages(schedule: Schedule, qasso: QASSO) -> list[PlannedStage]:
 def _falling_widths(schedule: Schedule, config: GETAConfig) -> str:
     steps = range(schedule.warmup_steps, schedule.warmup_steps + schedule.projection_steps)
     words = []
-    for name, what in zip(WIDTHS, ("weights", "embeddings", "activations"), strict=True):
+    for name, what in zip(WIDTHS, ("weights", "embeddings", "activations", "outlying activations"), strict=True):
         if allowed := config.allowed_bits(name):
             uppers = dict.fromkeys([schedule.initial_bits, *(schedule.upper_bits_at(s, allowed[-1]) for s in steps)])
             words.append(f"{what} at most {', '.join(map(str, uppers))} bits")

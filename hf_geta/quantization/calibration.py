@@ -36,7 +36,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> li
     """
     layers = {name: layer for name, layer in quantized_layers(model).items() if not isinstance(layer, nn.Embedding)}
     statistics: dict[str, _InputStatistics] = {}
-    with _float_run(model, layers), contextlib.ExitStack() as hooks:
+    with float_run(model, layers), contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
             handle = layer.register_forward_pre_hook(_observer(name, statistics), with_kwargs=True)
             hooks.callback(handle.remove)
@@ -44,7 +44,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> li
         if (first := next(batches, None)) is None:
             raise ValueError("calibration got no batch: pass at least one batch of real inputs.")
         for batch in itertools.chain([first], batches):
-            _forward(model, batch)
+            forward(model, batch)
     _reduce(statistics, layers)
     _set_input_powers_(layers, statistics)
     for name, layer in layers.items():
@@ -67,8 +67,8 @@ def share_input_quantizers_(model: nn.Module, batch: Any) -> None:
         batch: inputs of the model, on which it runs once, in float.
     """
     layers = {name: layer for name, layer in quantized_layers(model).items() if layer.input_quantizer is not None}
-    with _float_run(model, layers):
-        readers = readers_of_one_tensor(layers, lambda: _forward(model, batch))
+    with float_run(model, layers):
+        readers = readers_of_one_tensor(layers, lambda: forward(model, batch))
     for first, *others in readers:
         for name in others:
             del layers[name].input_quantizer
@@ -117,7 +117,8 @@ def _observer(name: str, statistics: dict[str, _InputStatistics]) -> Any:
     return observe
 
 
-def _forward(model: nn.Module, batch: Any) -> None:
+def forward(model: nn.Module, batch: Any) -> None:
+    """Run the model on one batch (a mapping, a sequence or a single tensor), on its own device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def move(value: Any) -> Any:
@@ -132,7 +133,7 @@ def _forward(model: nn.Module, batch: Any) -> None:
 
 
 @contextlib.contextmanager
-def _float_run(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
+def float_run(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
     """The float model in evaluation, fresh batch norms on batch statistics; on leaving everything is as before."""
     modules = list(model.modules())
     training = [(module, module.training) for module in modules]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_geta.config import WIDTHS
 from hf_geta.quantization.functional import bits_to_step_size, fake_quantize, quantize_codes, step_size_to_bits
 from hf_geta.quantization.kernels import Grid
 from hf_geta.quantization.weight_clips import least_squares_clip
@@ -135,11 +136,12 @@ class Quantizer(nn.Module):
         self.log_step_size.copy_(bits_to_step_size(bits, self.clip_max, self.exponent, self.signed).log())
 
     def get_extra_state(self) -> Tensor:
-        """`signed` and `enabled`, so that a resumed run rounds as the saved one; a tensor, as safetensors wants."""
-        return torch.tensor([self.signed, self.enabled], dtype=torch.uint8)
+        """What a resumed run needs to round as the saved one; a tensor, as safetensors wants."""
+        return torch.tensor([self.signed, self.enabled, WIDTHS.index(self.widths)], dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.signed, self.enabled = (bool(flag) for flag in state.tolist())
+        signed, enabled, widths = state.tolist()
+        self.signed, self.enabled, self.widths = bool(signed), bool(enabled), WIDTHS[widths]
 
     def extra_repr(self) -> str:
         channels = "" if self.log_channel_scale is None else f", channel_shape={tuple(self.log_channel_scale.shape)}"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.models import dense_skeleton, load_model
 from hf_geta.checkpoint.packing import highest_code, unpack_codes
-from hf_geta.config import WIDTHS, GETAConfig
+from hf_geta.config import GETAConfig
 from hf_geta.report.files import REPORT_NAME, hash_files
 from hf_geta.report.folder import clean, describe, figures_of, read_report
 
@@ -111,8 +111,10 @@ def _check_widths(model: PreTrainedModel, settings: Any) -> Iterator[Check]:
             name: bits for name, layer in packed.items() if (bits := layer.manifest.activation_bits) is not None
         },
     }
-    for key, what in zip(WIDTHS, ("weights", "embeddings", "inputs"), strict=True):
+    for key, what in (("weight_bits", "weights"), ("quantize_embeddings", "embeddings"), ("activation_bits", "inputs")):
         allowed = config.allowed_bits(key)
+        if key == "activation_bits" and allowed:
+            allowed += config.allowed_bits("outlier_activation_bits") or ()
         if key == "quantize_embeddings" and not allowed:
             continue
         said = f"{', '.join(map(str, allowed))} bits" if allowed else "float"

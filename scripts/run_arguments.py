@@ -71,14 +71,18 @@ def _renamed_geta_config(flag_of: dict[str, str]) -> Any:
             renamed = dataclasses.field(default=field.default, metadata=field.metadata)
         kind = types_of[field.name]
         if kind == list[int] | None:
-            kind = types.GenericAlias(list, (_whole_or_none,)) | None
+            kind = types.GenericAlias(list, (_WholeOrNone,)) | None
+        elif kind == int | None:
+            kind = _WholeOrNone | None
         fields.append((flag_of[field.name], kind, renamed))
     return dataclasses.make_dataclass("GETAArguments", fields)
 
 
-def _whole_or_none(text: str) -> int | None:
-    """A number of a list that may also be `none`."""
-    return None if text.lower() in ("none", "null") else int(text)
+class _WholeOrNone:
+    """The type of a flag that is a whole number or `none`; a class, for only classes make a `| None`."""
+
+    def __new__(cls, text: str) -> int | None:  # type: ignore[misc]
+        return None if text.lower() in ("none", "null") else int(text)
 
 
 def _defaults_from_file(path: str, dataclass_types: Iterable[Any], flag_of: dict[str, str]) -> dict[str, Any]:

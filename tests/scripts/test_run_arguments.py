@@ -69,6 +69,16 @@ def test_widths_may_be_none_in_the_file_and_as_a_flag(config):
         parse_run(TYPES, ["--config", config, "--weight_bits", "4", "none"])
 
 
+@pytest.mark.parametrize("field", ["quantize_embeddings", "outlier_activation_bits"])
+def test_a_single_width_may_be_none_as_a_flag_too(field, config):
+    Path(config).write_text(f"{FILE}  activation_bits: [8, 8]\n  {field}: 16\n")
+    for flags, width in (([], 16), ([f"--{field}", "none"], None), ([f"--{field}", "12"], 12)):
+        *_, geta = parse_run(TYPES, ["--config", config, *flags])
+        assert getattr(geta, field) == width
+    with pytest.raises(SystemExit):
+        parse_run(TYPES, ["--config", config, f"--{field}", "few"])
+
+
 def test_two_fields_of_one_name_stay_two(config):
     _, _, training, geta = parse_run(TYPES, ["--config", config])
     assert (training.warmup_steps, geta.warmup_steps) == (7, 0.2)

@@ -124,7 +124,8 @@ def _model_table(name: str, measured: Figures) -> str:
     for variant, taken in memories.items():
         cells = [f"{_ratio(by_variant[variant], by_variant[dense]):.2f}x" for by_variant in workloads_.values()]
         for key in ("load_seconds", "file_bytes", "peak_bytes", "resident_bytes"):
-            cells.append(f"{taken[key] / memories[dense][key]:.2f}x")
+            # a model of a few kB may fit into pages that the process has already
+            cells.append(f"{taken[key] / memories[dense][key]:.2f}x" if memories[dense][key] > 0 else "-")
         cells.append(f"{taken['resident_bytes'] / taken['file_bytes']:.2f}")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     times = ", ".join(f"{work} {1000 * min(by_variant[dense]):.1f} ms" for work, by_variant in workloads_.items())

@@ -46,7 +46,8 @@ def exported(request, tmp_path_factory):
 def test_onnxruntime_computes_what_the_checkpoint_does_for_any_batch_and_length(exported):
     model, file, _ = exported
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry(*EXACT)
+    for setting, value in EXACT.items():
+        options.add_session_config_entry(setting, value)
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     for batch, length in ((1, 5), (4, 21)):
         inputs = example_inputs(model, batch, length)

@@ -82,7 +82,12 @@ class _WholeOrNone:
     """The type of a flag that is a whole number or `none`; a class, for only classes make a `| None`."""
 
     def __new__(cls, text: str) -> int | None:  # type: ignore[misc]
-        return None if text.lower() in ("none", "null") else int(text)
+        if text.lower() in ("none", "null"):
+            return None
+        try:
+            return int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: write a whole number, or none.") from None
 
 
 def _defaults_from_file(path: str, dataclass_types: Iterable[Any], flag_of: dict[str, str]) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def test_a_massive_activation_gets_the_bits_that_it_needs(tmp_path):
     }
     assert {name for name, bits in widths.items() if bits == 16} == {"0.mlp.down_proj"}
     assert set(widths.values()) == {8, 16}
-    assert torch.allclose(loaded(input_ids=ids).logits, trainer.finalize().eval()(input_ids=ids).logits, atol=1e-5)
+    assert torch.equal(loaded(input_ids=ids).logits, trainer.finalize().eval()(input_ids=ids).logits)
     assert [check for check in check_folder(tmp_path) if not check.holds] == []
 
 

@@ -163,15 +163,19 @@ def _save_config(model: PreTrainedModel, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def _check(file: Path, case: _Case) -> None:
-    """Run the file on the inputs of a case; ValueError where the outputs are not those of the model."""
+def open_session(file: Path) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU that computes what the checkpoint does."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     for setting, value in EXACT.items():
         options.add_session_config_entry(setting, value)
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    results = session.run(list(case.outputs), {name: tensor.numpy() for name, tensor in case.inputs.items()})
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def _check(file: Path, case: _Case) -> None:
+    """Run the file on the inputs of a case; ValueError where the outputs are not those of the model."""
+    results = open_session(file).run(list(case.outputs), {name: tensor.numpy() for name, tensor in case.inputs.items()})
     difference = _difference(dict(zip(case.outputs, map(torch.from_numpy, results))), case.outputs)
     if not difference <= case.tolerance:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,15 +36,21 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> li
     """
     layers = {name: layer for name, layer in quantized_layers(model).items() if not isinstance(layer, nn.Embedding)}
     statistics: dict[str, _InputStatistics] = {}
-    with float_run(model, layers), contextlib.ExitStack() as hooks:
-        for name, layer in layers.items():
-            handle = layer.register_forward_pre_hook(_observer(name, statistics), with_kwargs=True)
-            hooks.callback(handle.remove)
-        batches = iter(batches)
-        if (first := next(batches, None)) is None:
-            raise ValueError("calibration got no batch: pass at least one batch of real inputs.")
-        for batch in itertools.chain([first], batches):
-            forward(model, batch)
+    batches = iter(batches)
+    if (first := next(batches, None)) is None:
+        raise ValueError("calibration got no batch: pass at least one batch of real inputs.")
+
+    def add(name: str, x: Tensor) -> None:
+        if not torch.isfinite(x).all():
+            raise ValueError(
+                f"calibration: the input of {name} contains NaN or infinite values; "
+                "check the batches (their normalization) and the weights of the layers before it."
+            )
+        if name not in statistics:
+            statistics[name] = _InputStatistics(layers[name])
+        statistics[name].add(x)
+
+    watch_inputs(model, layers, itertools.chain([first], batches), add)
     _reduce(statistics, layers)
     _set_input_powers_(layers, statistics)
     for name, layer in layers.items():
@@ -67,13 +73,36 @@ def share_input_quantizers_(model: nn.Module, batch: Any) -> None:
         batch: inputs of the model, on which it runs once, in float.
     """
     layers = {name: layer for name, layer in quantized_layers(model).items() if layer.input_quantizer is not None}
-    with float_run(model, layers):
-        readers = readers_of_one_tensor(layers, lambda: forward(model, batch))
+    with _float_run(model, layers):
+        readers = readers_of_one_tensor(layers, lambda: _forward(model, batch))
     for first, *others in readers:
         for name in others:
             del layers[name].input_quantizer
             # no submodule of these: in a file of weights a tensor has one name
             vars(layers[name])["input_quantizer"] = layers[first].input_quantizer
+
+
+def watch_inputs(
+    model: nn.Module, layers: Mapping[str, QuantizedLayer], batches: Iterable[Any], see: Callable[[str, Tensor], None]
+) -> None:
+    """Runs the float model over `batches`, as `calibrate_` says, and shows `see` (name, input) of each call of a layer.
+
+    An empty input, of an expert that no token asks for, is not shown.
+    """
+
+    def observer(name: str) -> Any:
+        def observe(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if x.numel() > 0:
+                see(name, x.detach())
+
+        return observe
+
+    with _float_run(model, layers), contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(observer(name), with_kwargs=True).remove)
+        for batch in batches:
+            _forward(model, batch)
 
 
 class _InputStatistics:
@@ -100,25 +129,7 @@ def _set_input_powers_(layers: Mapping[str, QuantizedLayer], statistics: Mapping
         quantizer.input_power = power
 
 
-def _observer(name: str, statistics: dict[str, _InputStatistics]) -> Any:
-    def observe(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        if x.numel() == 0:
-            return
-        if not torch.isfinite(x).all():
-            raise ValueError(
-                f"calibration: the input of {name} contains NaN or infinite values; "
-                "check the batches (their normalization) and the weights of the layers before it."
-            )
-        if name not in statistics:
-            statistics[name] = _InputStatistics(layer)
-        statistics[name].add(x)
-
-    return observe
-
-
-def forward(model: nn.Module, batch: Any) -> None:
-    """Run the model on one batch (a mapping, a sequence or a single tensor), on its own device."""
+def _forward(model: nn.Module, batch: Any) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def move(value: Any) -> Any:
@@ -133,7 +144,7 @@ def forward(model: nn.Module, batch: Any) -> None:
 
 
 @contextlib.contextmanager
-def float_run(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
+def _float_run(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
     """The float model in evaluation, fresh batch norms on batch statistics; on leaving everything is as before."""
     modules = list(model.modules())
     training = [(module, module.training) for module in modules]

@@ -7,7 +7,6 @@ then small, and yet at most positions everything rounds to zero. So the error is
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import statistics
 from collections.abc import Iterable
@@ -17,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_geta.agreement import is_distributed
-from hf_geta.quantization.calibration import float_run, forward
+from hf_geta.quantization.calibration import watch_inputs
 from hf_geta.quantization.functional import bits_to_step_size, fake_quantize
-from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
+from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
 
 logger = logging.getLogger(__name__)
 
-TOLERATED_ERROR = 0.05  # SmolLM2-135M at 8 bits: six of 210 inputs lie above it, the median at 0.002
-OUTLIER_BYTES = 8  # all-reduced per input
-TIMES_THE_MEDIAN = 4  # where few bits cost every input much, as 4 bits do in MiniLM, none stands out
+TOLERATED_ERROR = 0.05  # of the power of an input, position by position
+TIMES_THE_MEDIAN = 4  # where few bits cost every input of a model much, none stands out
+OUTLIER_BYTES = 8  # all-reduced per layer
 
 
 def widen_outliers_(model: nn.Module, batches: Iterable[Any], bits: int, wide_bits: int | None) -> dict[str, float]:
@@ -34,9 +33,8 @@ def widen_outliers_(model: nn.Module, batches: Iterable[Any], bits: int, wide_bi
 
     Such an input loses, at a typical position, more than `TOLERATED_ERROR` of its power when it is rounded to `bits`
     with the clip of least squared error, and `TIMES_THE_MEDIAN` as much as the model's inputs do. Its quantizer is
-    bounded by `GETAConfig.outlier_activation_bits` from then on.
-    With `wide_bits=None` nothing changes, but the log warns of these layers. Under torch.distributed every process
-    calls it, and all get the same result.
+    bounded by `GETAConfig.outlier_activation_bits` from then on. With `wide_bits=None` nothing changes, but the log
+    warns of these layers. Under torch.distributed every process calls it, and all get the same result.
 
     Returns:
         Layer name -> error of each such input, the largest first.
@@ -72,36 +70,24 @@ def position_errors(model: nn.Module, batches: Iterable[Any], bits: int) -> dict
     }
     if not layers:
         return {}
-    device = next(iter(layers.values())).weight.device
-    sums = {name: torch.zeros(2, device=device) for name in layers}
-    with float_run(model, layers), contextlib.ExitStack() as hooks:
-        for name, layer in layers.items():
-            handle = layer.register_forward_pre_hook(_observer(sums[name], bits), with_kwargs=True)
-            hooks.callback(handle.remove)
-        for batch in batches:
-            forward(model, batch)
-    total = torch.stack(list(sums.values()))
+    total = torch.zeros(len(layers), 2, device=next(iter(layers.values())).weight.device)  # errors, positions
+    rows = dict(zip(layers, total, strict=True))
+
+    def add(name: str, x: Tensor) -> None:
+        x = x.float().movedim(layers[name].feature_dim, -1)
+        power = x.square().sum(-1)
+        error = (_rounded(layers[name].input_quantizer, x, bits) - x).square().sum(-1)
+        seen = power > 0
+        rows[name].add_(torch.stack([(error / power.where(seen, 1)).sum(), seen.sum()]).to(total.device))
+
+    watch_inputs(model, layers, batches, add)
     if is_distributed():
         torch.distributed.all_reduce(total)
     return dict(zip(layers, (total[:, 0] / total[:, 1].clamp(min=1)).tolist(), strict=True))
 
 
-def _observer(sums: Tensor, bits: int) -> Any:
-    def observe(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        quantizer, x = layer.input_quantizer, args[0] if args else next(iter(kwargs.values()))
-        assert quantizer is not None
-        if x.numel() == 0:
-            return  # an expert that no token asked for
-        x = x.detach().float().movedim(layer.feature_dim, -1)
-        power = x.square().sum(-1)
-        error = (_rounded(quantizer, x, bits) - x).square().sum(-1)
-        seen = power > 0
-        sums.add_(torch.stack([(error / power.where(seen, 1)).sum(), seen.sum()]))
-
-    return observe
-
-
-def _rounded(quantizer: Quantizer, x: Tensor, bits: int) -> Tensor:
+def _rounded(quantizer: Quantizer | None, x: Tensor, bits: int) -> Tensor:
+    assert quantizer is not None
     assert quantizer.log_clips is not None
     clip_max = quantizer.log_clips[bits].exp()
     step_size = bits_to_step_size(bits, clip_max, None, quantizer.signed)

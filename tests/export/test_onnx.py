@@ -3,7 +3,6 @@
 import sys
 
 import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -12,7 +11,7 @@ from hf_geta.checkpoint.models import load_model
 from hf_geta.checkpoint.packing import packed_bytes
 from hf_geta.export import onnx as onnx_format
 from hf_geta.export.formats import export_checkpoint
-from hf_geta.export.onnx import EXACT
+from hf_geta.export.onnx import open_session
 from hf_geta.export.plain import packed_weights
 from hf_geta.graph.example_inputs import example_inputs
 from hf_geta.quantization.layers import quantized_layers
@@ -45,10 +44,7 @@ def exported(request, tmp_path_factory):
 
 def test_onnxruntime_computes_what_the_checkpoint_does_for_any_batch_and_length(exported):
     model, file, _ = exported
-    options = onnxruntime.SessionOptions()
-    for setting, value in EXACT.items():
-        options.add_session_config_entry(setting, value)
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = open_session(file)
     for batch, length in ((1, 5), (4, 21)):
         inputs = example_inputs(model, batch, length)
         if "attention_mask" in inputs:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_geta import GETAConfig
-from hf_geta.quantization import calibrate_, quantize_modules_
+from hf_geta.quantization import calibrate_, outliers, quantize_modules_
 from hf_geta.quantization.outliers import TOLERATED_ERROR, position_errors, widen_outliers_
 
 CONFIG = GETAConfig(activation_bits=[8, 8], outlier_activation_bits=16)
@@ -67,7 +67,18 @@ def test_the_error_is_that_of_the_rounded_input_position_by_position():
     x = torch.cat([batch(), batch(1)]) * scale
     with torch.no_grad():
         error = (quantizer(x) - x).square().sum(-1) / x.square().sum(-1)
-    assert found == pytest.approx(error.mean().item(), rel=1e-5)
+    assert found == pytest.approx(error.mean().item(), rel=1e-5)  # float32, summed in another order
+
+
+def test_processes_with_batches_of_their_own_see_the_error_of_all(monkeypatch):
+    model = calibrated([batch(), batch(1)])
+    together, sent = position_errors(model, [batch(), batch(1)], 8), []
+    monkeypatch.setattr(outliers, "is_distributed", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: sent.append(total.clone()))
+    position_errors(model, [batch(1)], 8)  # what the other process sends
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.add_(sent[0]))
+    assert position_errors(model, [batch()], 8) == pytest.approx(together, rel=1e-5)
+    assert sent[0].nbytes == outliers.OUTLIER_BYTES * len(together)
 
 
 def test_where_few_bits_cost_every_input_much_none_stands_out():

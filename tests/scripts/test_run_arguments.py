@@ -70,13 +70,14 @@ def test_widths_may_be_none_in_the_file_and_as_a_flag(config):
 
 
 @pytest.mark.parametrize("field", ["quantize_embeddings", "outlier_activation_bits"])
-def test_a_single_width_may_be_none_as_a_flag_too(field, config):
+def test_a_single_width_may_be_none_as_a_flag_too(field, config, capsys):
     Path(config).write_text(f"{FILE}  activation_bits: [8, 8]\n  {field}: 16\n")
     for flags, width in (([], 16), ([f"--{field}", "none"], None), ([f"--{field}", "12"], 12)):
         *_, geta = parse_run(TYPES, ["--config", config, *flags])
         assert getattr(geta, field) == width
     with pytest.raises(SystemExit):
         parse_run(TYPES, ["--config", config, f"--{field}", "few"])
+    assert "'few': write a whole number, or none." in capsys.readouterr().err
 
 
 def test_two_fields_of_one_name_stay_two(config):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_geta.optim.schedule import Schedule
 from hf_geta.optim.space import PruningSpace
 from hf_geta.sharding import local, local_gradient
 
@@ -20,6 +21,10 @@ def magnitude(space: PruningSpace) -> Tensor:
 OBSERVED: dict[str, Callable[[Tensor], Tensor]] = {"taylor": torch.abs, "fisher": torch.square}
 
 
+# Steps whose scores a decision sees at least, if the run has had so many: a few rank by chance.
+REMEMBERED_STEPS = 64
+
+
 def observed_kinds(kind: str) -> list[str]:
     """The kinds of scores that accumulate over steps for `saliency=kind`."""
     return [name for name in OBSERVED if kind in (name, "mix")]
@@ -29,6 +34,15 @@ def observe(first_order: Tensor, kinds: Sequence[str]) -> Tensor:
     """What one step adds to the scores of each kind, (kinds, num_groups)."""
     values = torch.stack([OBSERVED[kind](first_order) for kind in kinds])
     return values.nan_to_num(0.0, 0.0, 0.0)  # a batch that overflowed says nothing
+
+
+def memory(schedule: Schedule) -> float:
+    """What a decision leaves of the sums to the next one, in [0, 1): nothing where periods are long enough.
+
+    A batch says little of a group: scores of a few steps rank by chance. Where decisions follow each other faster, sums
+    that are multiplied by this number hold the last `REMEMBERED_STEPS`, weighted towards the present.
+    """
+    return max(1 - schedule.joint_steps / schedule.pruning_periods / REMEMBERED_STEPS, 0.0)
 
 
 def first_order(space: PruningSpace) -> Tensor:

@@ -33,7 +33,7 @@ class Share:
         allowed_bits: per quantizer the widths that it may end with, ascending.
 
     Attributes:
-        scores: (kinds, num_groups) saliency, summed since the last decision.
+        scores: (kinds, num_groups) saliency, summed over steps; a decision leaves `memory` of it to the next one.
         ceilings: None: the schedule alone bounds the widths.
 
     Raises:
@@ -55,6 +55,7 @@ class Share:
         self.groups_to_remove = _groups_to_remove(config, space)
         self.observed = saliency.observed_kinds(config.saliency)
         self.scores = torch.zeros(len(self.observed), space.num_groups, device=widths.signed.device)
+        self.memory = saliency.memory(schedule)
 
     def observe(self) -> None:
         """Add what the present gradients say; no host sync."""
@@ -70,7 +71,7 @@ class Share:
         else:
             families = self.space.lockstep(*limits)
             chosen = choose_in_lockstep(self._ranking(), removed, count, sizes, families, total)
-        self.scores.zero_()
+        self.scores *= self.memory
         return chosen
 
     def _ranking(self) -> Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_geta.config_checks import MIXED_SALIENCIES, SALIENCIES
-from hf_geta.optim.saliency import mix, normalize_by_kind, observe, observed_kinds
+from hf_geta.optim.saliency import REMEMBERED_STEPS, memory, mix, normalize_by_kind, observe, observed_kinds
+from hf_geta.optim.schedule import Schedule
 
 
 def test_normalization_makes_kinds_comparable():
@@ -57,3 +58,12 @@ def test_a_batch_that_overflowed_adds_nothing():
 
 def test_a_space_without_groups_has_no_scores():
     assert normalize_by_kind(torch.zeros(0), [], []).shape == (0,)
+
+
+@pytest.mark.parametrize("period_steps", [1, 3, 10, REMEMBERED_STEPS, 500])
+def test_decisions_see_a_period_or_the_steps_that_are_remembered_whichever_are_more(period_steps):
+    joint = Schedule(10_000, 0, 0, 10 * period_steps, 10, initial_bits=16, bit_reduction=2)
+    seen = 0.0
+    for _ in range(1000):
+        seen = seen * memory(joint) + period_steps
+    assert seen == pytest.approx(max(period_steps, REMEMBERED_STEPS))

@@ -202,13 +202,14 @@ class ShardedTrainer(Trainer):
         if not self.in_pieces or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        folder = Path(checkpoint)
-        rest = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        state = joined_state(rest, Pieces(folder, OPTIMIZER), self._trained())
-        self.optimizer.load_state_dict(state)  # type: ignore[union-attr]
-        self.lr_scheduler.load_state_dict(  # type: ignore[union-attr]
-            torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
-        )
+        self.is_fsdp_enabled = False  # the files of the rest are those of any other run
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        finally:
+            self.is_fsdp_enabled = True
+        assert self.optimizer is not None
+        pieces = Pieces(Path(checkpoint), OPTIMIZER)
+        self.optimizer.load_state_dict(joined_state(self.optimizer.state_dict(), pieces, self._trained()))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

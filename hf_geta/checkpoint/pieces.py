@@ -120,12 +120,13 @@ class Pieces:
         return torch.cat(found, dim) if found else self._parts[name][0][2][(slice(None),) * dim + (slice(0, 0),)]
 
     def fill_(self, tensor: Tensor, name: str) -> None:
-        """Write what this process holds of a tensor that lies in pieces."""
+        """Overwrite what this process holds of a tensor that lies in pieces; ValueError where it is another one."""
         dim = cut_dim(tensor)
         assert dim is not None
-        if self.shapes.get(name) != list(tensor.shape):
-            raise ValueError(f"{self.folder} holds {name} as {self.shapes.get(name)}, the model {list(tensor.shape)}.")
-        local(tensor).copy_(self.rows(name, dim, local_range(tensor, dim)))
+        rows = self.rows(name, dim, local_range(tensor, dim))
+        if self.shapes[name] != list(tensor.shape):
+            raise ValueError(f"{self.folder} holds {name} as {self.shapes[name]}, the model {list(tensor.shape)}.")
+        local(tensor).copy_(rows)
 
     def read(self, name: str, like: Tensor) -> Tensor:
         """A tensor as it was: whole, or in pieces on the processes that `like` lies on, and on its device."""

@@ -41,8 +41,9 @@ STEPS, GLOBAL_BATCH, PERIODS = 30, 8, 3
 RESUMED_STEP = 13  # inside a pruning period
 SHARE = GETAConfig(group_sparsity=0.4, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=PERIODS)
 BUDGET = GETAConfig(target_bops=0.27, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=PERIODS)
-CLIPPED = {"max_grad_norm": 0.05, "save_strategy": "steps", "save_steps": RESUMED_STEP}
-ACCUMULATED = {"gradient_accumulation_steps": 2, "optim": "adamw_torch", "learning_rate": 3e-3, "weight_decay": 0.01}
+ADAMW = {"optim": "adamw_torch", "learning_rate": 3e-3, "weight_decay": 0.01}
+CLIPPED = ADAMW | {"max_grad_norm": 0.05, "save_strategy": "steps", "save_steps": RESUMED_STEP}
+ACCUMULATED = {"gradient_accumulation_steps": 2}
 BEST = {"eval_strategy": "steps", "eval_steps": RESUMED_STEP, "load_best_model_at_end": True}
 
 
@@ -73,9 +74,9 @@ def texts(dtype):
 
 # name -> (model, data, targets, TrainingArguments)
 RUNS = {
-    "vit": (vit, digits, SHARE, CLIPPED | BEST | {"optim": "sgd", "learning_rate": 0.5}),
+    "vit": (vit, digits, SHARE, CLIPPED | BEST),
     "llama": (llama, texts, BUDGET, CLIPPED | ACCUMULATED),
-    "bfloat16": (llama, texts, SHARE, ACCUMULATED | {"bf16": True, "gradient_checkpointing": True}),
+    "bfloat16": (llama, texts, SHARE, ADAMW | {"bf16": True, "gradient_checkpointing": True}),
 }
 
 
@@ -116,6 +117,8 @@ def new_trainer(name, folder, **changes):
         arguments |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": LAYERS[name]}}
     AcceleratorState._reset_state()  # it keeps the settings of the run before
     dtype = torch.float32 if arguments.get("bf16") else torch.float64
+    torch.manual_seed(9)
+    teacher = make().to(dtype)
     torch.manual_seed(rank)  # as in a program that forgot to seed: rank 0's weights are the run's
     samples = data(dtype)
     return GETATrainer(
@@ -133,6 +136,7 @@ def new_trainer(name, folder, **changes):
         geta_config=targets,
         train_dataset=samples,
         eval_dataset=samples[:24],
+        teacher_model=teacher if name == "vit" else None,
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_flatten
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from hf_geta.checkpoint.resumable import damage, last_whole_checkpoint
@@ -41,7 +42,7 @@ def folders(tmp_path_factory):
     for name in AUTO:
         torch.save(run_fsdp.train(name, folders[1]), folders[1] / f"{name}.pt")
     resumed = [f"{name}@{folders[2] / f'{name}-checkpoints' / CHECKPOINT}" for name in AUTO]
-    launch(ACCELERATE, folders[2], *AUTO, *resumed)
+    launch(ACCELERATE, folders[2], *AUTO, *resumed, "bfloat16")
     launch(TORCHRUN, folders[4], *resumed)
     return folders
 
@@ -81,7 +82,11 @@ def test_in_pieces_a_run_ends_as_in_one_process(folders, name):
 def test_what_it_saves_is_what_one_process_saves(folders, name):
     ours, theirs = folders[2] / name, folders[1] / name
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
-    assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
+    (values, form), (expected, its_form) = (
+        tree_flatten(json.loads((folder / "config.json").read_text())) for folder in (ours, theirs)
+    )
+    assert form == its_form
+    assert values == [pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for value in expected]
     reports = [json.loads((folder / "geta_report.json").read_text()) for folder in (ours, theirs)]
     assert reports[0]["architecture"] == reports[1]["architecture"] in (ours / "config.json").read_text()
     assert reports[0]["compressed"] == pytest.approx(reports[1]["compressed"])
@@ -101,6 +106,15 @@ def test_resumed_inside_a_pruning_period_it_ends_as_the_uninterrupted_run_bit_fo
 @pytest.mark.parametrize("name", AUTO)
 def test_it_resumes_on_another_number_of_processes(folders, name):
     check_same(ended(folders, 4, f"{name}-resumed"), ended(folders, 2, name))
+
+
+def test_in_bfloat16_with_checkpointing_it_learns_and_saves_a_model_that_generates(folders):
+    """Processes that part from each other are told by the program itself."""
+    result = ended(folders, 2, "bfloat16")
+    losses = [log["loss"] for log in result["logs"]]
+    assert losses[-1] < losses[0] - 0.3
+    model = AutoModelForCausalLM.from_pretrained(folders[2] / "bfloat16")
+    assert model.generate(torch.tensor([[72, 101]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
 
 
 @pytest.mark.parametrize("file", ["model_piece_1_of_2.safetensors", "optimizer_piece_0_of_2.safetensors"])

@@ -54,6 +54,10 @@ class ShardedTrainer(Trainer):
         plugin = self.accelerator.state.fsdp_plugin
         other = getattr(self.accelerator, "parallelism_config", None)
         refused = {
+            "weights on the meta device": (
+                any(parameter.is_meta for parameter in self.model.parameters()),
+                "transformers made a head on the first process alone, write fsdp_cpu_ram_efficient_loading: false",
+            ),
             "FSDP1": (plugin.fsdp_version != 2, "write fsdp_version: 2, as configs/accelerate/fsdp2.yaml does"),
             "fsdp_offload_params": (
                 isinstance(plugin.cpu_offload, CPUOffloadPolicy),

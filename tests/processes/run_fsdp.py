@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, PartialState
@@ -30,8 +31,10 @@ from transformers import (
 from hf_geta import GETAConfig, GETATrainer
 from hf_geta.sharding import whole
 
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+sys.path += [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "scripts")]
 from runs import leave_processes
+
+from tests.test_hub import FakeHub
 
 ROOT = Path(__file__).parents[2]
 FSDP_BY_LAUNCHER = "ACCELERATE_USE_FSDP" in os.environ  # Trainer sets it, too
@@ -44,6 +47,7 @@ BUDGET = GETAConfig(target_bops=0.27, weight_bits=[2, 8], activation_bits=[2, 8]
 ADAMW = {"optim": "adamw_torch", "learning_rate": 3e-3, "weight_decay": 0.01}
 CLIPPED = ADAMW | {"max_grad_norm": 0.05, "save_strategy": "steps", "save_steps": RESUMED_STEP}
 ACCUMULATED = {"gradient_accumulation_steps": 2}
+PUSHED = {"push_to_hub": True, "hub_strategy": "checkpoint", "save_strategy": "steps", "save_steps": 14}
 BEST = {"eval_strategy": "steps", "eval_steps": RESUMED_STEP, "load_best_model_at_end": True}
 
 
@@ -76,7 +80,7 @@ def texts(dtype):
 RUNS = {
     "vit": (vit, digits, SHARE, CLIPPED | BEST),
     "llama": (llama, texts, BUDGET, CLIPPED | ACCUMULATED),
-    "bfloat16": (llama, texts, SHARE, ADAMW | {"bf16": True, "gradient_checkpointing": True}),
+    "bfloat16": (llama, texts, SHARE, ADAMW | PUSHED | {"bf16": True, "gradient_checkpointing": True}),
 }
 
 
@@ -172,9 +176,11 @@ def digest(tensors):
 
 def main(folder, *names):
     fsdp_on_cpu()
+    hub = FakeHub(pytest.MonkeyPatch())
     for name in names:
         run, _, checkpoint = name.partition("@")
         result = train(run, folder, checkpoint or None)
+        result["pushed"] = [sorted(files) for _, files in hub.commits]
         told = [None] * dist.get_world_size()
         dist.all_gather_object(told, [result["groups"], digest(result["weights"])])
         assert all(one == told[0] for one in told), f"{name}: the processes ended with different models"

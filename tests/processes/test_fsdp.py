@@ -117,6 +117,18 @@ def test_in_bfloat16_with_checkpointing_it_learns_and_saves_a_model_that_generat
     assert model.generate(torch.tensor([[72, 101]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
 
 
+def test_while_it_trains_it_pushes_pieces_as_a_checkpoint_and_in_the_cool_down_the_small_model(folders):
+    """Every process finalizes; the first sends."""
+    small, checkpoint = [], ["model_piece_0_of_2.safetensors", "model_piece_1_of_2.safetensors"]
+    for names in ended(folders, 2, "bfloat16")["pushed"]:
+        if names[0].startswith("last-checkpoint/"):
+            assert {f"last-checkpoint/{name}" for name in checkpoint} <= set(names)
+        else:
+            small.append(names)
+    assert len(small) == 3  # of steps 28 and 30, which are in the cool-down, and of the end
+    assert all({"README.md", "config.json", "geta_report.json", "model.safetensors"} <= set(names) for names in small)
+
+
 @pytest.mark.parametrize("file", ["model_piece_1_of_2.safetensors", "optimizer_piece_0_of_2.safetensors"])
 def test_a_checkpoint_with_a_damaged_piece_is_told_and_passed_over(folders, file, tmp_path):
     run = folders[2] / "llama-checkpoints"

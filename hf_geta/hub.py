@@ -38,7 +38,8 @@ def push_while_training(trainer: Any, checkpoint: str, save: Callable[[Path], No
         checkpoint: the folder of the checkpoint that was just saved.
         save: writes the compressed model into a folder.
     """
-    args, pushing = trainer.args, getattr(trainer, "push_in_progress", None)  # Trainer's, on the main process
+    args = trainer.args
+    pushing: Any = getattr(trainer, "push_in_progress", None)  # the main process has it
     is_main, is_busy = trainer.is_world_process_zero(), pushing is not None and not pushing.is_done()
     if trainer.in_pieces:
         is_busy = agreed_object(is_busy)  # for all have to save

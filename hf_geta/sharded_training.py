@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME, is_accelerate_available
 
 from hf_geta.checkpoint.optimizer_state import joined_state, split_state
 from hf_geta.checkpoint.pieces import MODEL, OPTIMIZER, Pieces, piece_files, write_pieces
@@ -54,6 +53,7 @@ class ShardedTrainer(Trainer):
         plugin = self.accelerator.state.fsdp_plugin
         other = getattr(self.accelerator, "parallelism_config", None)
         refused = {
+            "an old accelerate": (not is_accelerate_available("1.15.0"), "pip install 'accelerate>=1.15'"),
             "weights on the meta device": (
                 any(parameter.is_meta for parameter in self.model.parameters()),
                 "transformers made a head on the first process alone, write fsdp_cpu_ram_efficient_loading: false",
@@ -98,6 +98,8 @@ class ShardedTrainer(Trainer):
         quantizers = [module for module in self.model.modules() if isinstance(module, Quantizer)]
         for quantizer in quantizers:
             quantizer.to(self.accelerator.device)  # the others' parameters follow when they are cut
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # not in every accelerate that we run with
+
         plugin = self.accelerator.state.fsdp_plugin
         loads_on_one = plugin.cpu_ram_efficient_loading
         # preparation has sent rank 0's weights to all: accelerate need not

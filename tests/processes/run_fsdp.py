@@ -2,13 +2,15 @@
 
 Started on several processes by `accelerate launch` or `torchrun`, it trains each of RUNS with the same global batch as
 one process does, and leaves what the run ended with in `FOLDER/NAME.pt`, and the small model in `FOLDER/NAME`.
-`NAME@CHECKPOINT` resumes. The tests call `train` for what a single process ends with.
+`NAME@CHECKPOINT` resumes; `NAME!KIND` dies by SIGKILL in its second checkpoint. Tests call `train` for what a single
+process ends with.
 
 accelerate turns FSDP off without an accelerator: `fsdp_on_cpu` turns it on again, all else is as it is on GPUs.
 """
 
 import hashlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_geta import GETAConfig, GETATrainer
+from hf_geta import GETAConfig, GETATrainer, sharded_training
 from hf_geta.sharding import whole
 
 sys.path += [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "scripts")]
@@ -173,6 +175,20 @@ def train(name, folder, checkpoint=None):
     return result
 
 
+def die_while_writing(kind):
+    """The second process sends itself SIGKILL, with half of its file of this kind written."""
+    write = sharded_training.write_pieces
+
+    def write_and_die(folder, written, tensors, process, processes):
+        write(folder, written, tensors, process, processes)
+        if folder.name == f"checkpoint-{2 * RESUMED_STEP}" and (written, process) == (kind, 1):
+            path = folder / f"{kind}_piece_1_of_{processes}.safetensors"
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sharded_training.write_pieces = write_and_die
+
+
 def digest(tensors):
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors.values())).hexdigest()
 
@@ -181,7 +197,10 @@ def main(folder, *names):
     fsdp_on_cpu()
     hub = FakeHub(pytest.MonkeyPatch())
     for name in names:
-        run, _, checkpoint = name.partition("@")
+        run, _, killed = name.partition("!")
+        if killed:
+            die_while_writing(killed)
+        run, _, checkpoint = run.partition("@")
         result = train(run, folder, checkpoint or None)
         result["pushed"] = [sorted(files) for _, files in hub.commits]
         told = [None] * dist.get_world_size()

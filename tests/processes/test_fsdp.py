@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from hf_geta.checkpoint.resumable import damage, last_whole_checkpoint
+from hf_geta.resuming import UNFINISHED
 from tests.processes import run_fsdp
 
 PROGRAM = Path(run_fsdp.__file__)
@@ -32,18 +33,32 @@ TOLERANCE = 1e-6  # of float64 weights and float32 quantizers after 30 steps; on
 def launch(launcher, folder, *names):
     command = [sys.executable, "-m", *launcher, PROGRAM, folder, *names]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-8000:]
+    if any("!" in str(name) for name in names):
+        assert "SIGKILL" in done.stderr, done.stderr[-8000:]
+    else:
+        assert done.returncode == 0, done.stderr[-8000:]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Processes -> the folder with what their runs ended with; those of four go on from checkpoints of two."""
+    """Processes -> the folder with what their runs ended with.
+
+    Two go on from their own checkpoints, of the Llama from those of a run that was killed; four from those of two.
+    """
     folders = {processes: tmp_path_factory.mktemp(f"of-{processes}") for processes in (1, 2, 4)}
     for name in AUTO:
         torch.save(run_fsdp.train(name, folders[1]), folders[1] / f"{name}.pt")
-    resumed = [f"{name}@{folders[2] / f'{name}-checkpoints' / CHECKPOINT}" for name in AUTO]
-    launch(ACCELERATE, folders[2], *AUTO, *resumed, "bfloat16")
-    launch(TORCHRUN, folders[4], *resumed)
+    vit, llama, killed = (
+        folder / CHECKPOINT
+        for folder in (
+            folders[2] / "vit-checkpoints",
+            folders[2] / "llama-checkpoints",
+            folders[2] / "killed" / "llama-checkpoints",
+        )
+    )
+    launch(ACCELERATE, folders[2] / "killed", "llama!optimizer")
+    launch(ACCELERATE, folders[2], *AUTO, f"vit@{vit}", f"llama@{killed}", "bfloat16")
+    launch(TORCHRUN, folders[4], f"vit@{vit}", f"llama@{llama}")
     return folders
 
 
@@ -101,6 +116,13 @@ def test_what_it_saves_is_what_one_process_saves(folders, name):
 @pytest.mark.parametrize("name", AUTO)
 def test_resumed_inside_a_pruning_period_it_ends_as_the_uninterrupted_run_bit_for_bit(folders, name):
     check_same(ended(folders, 2, f"{name}-resumed"), ended(folders, 2, name), tolerance=0)
+
+
+def test_what_a_killed_process_left_of_a_checkpoint_is_no_checkpoint(folders):
+    """It was killed before its part was whole, and the other one waited for it."""
+    run = folders[2] / "killed" / "llama-checkpoints"
+    assert sorted(path.name for path in run.iterdir()) == sorted([UNFINISHED, CHECKPOINT])
+    assert last_whole_checkpoint(run) == str(run / CHECKPOINT)
 
 
 @pytest.mark.parametrize("name", AUTO)

@@ -45,7 +45,23 @@ def agree_on_(tensors: Iterable[Tensor]) -> None:
     if not is_distributed():
         return
     for tensor in tensors:
-        message = tensor.detach().contiguous()
+        message = _sendable(tensor.detach().contiguous())
         dist.broadcast(message, src=0)
         if message.data_ptr() != tensor.data_ptr():
             tensor.copy_(message)
+
+
+def reduce_(values: Tensor, largest: bool = False) -> None:
+    """The sum over all ranks, or the largest, in place: one message."""
+    if not is_distributed():
+        return
+    message = _sendable(values)
+    dist.all_reduce(message, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    if message is not values:
+        values.copy_(message)
+
+
+def _sendable(tensor: Tensor) -> Tensor:
+    """The tensor, or its copy on a device that the processes send from: with NCCL alone a CPU is none."""
+    devices = [entry.partition(":")[0] for entry in dist.get_backend_config().split(",")]
+    return tensor if tensor.device.type in devices else tensor.to(devices[0])

@@ -16,6 +16,7 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
+from hf_geta.agreement import agreed_object
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.schedule import Stage
 from hf_geta.randomness import preserved_rng
@@ -37,19 +38,26 @@ def push_while_training(trainer: Any, checkpoint: str, save: Callable[[Path], No
         checkpoint: the folder of the checkpoint that was just saved.
         save: writes the compressed model into a folder.
     """
-    args, pushing = trainer.args, trainer.push_in_progress
-    is_busy = pushing is not None and not pushing.is_done()
-    if not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+    args = trainer.args
+    pushing: Any = getattr(trainer, "push_in_progress", None)  # the main process has it
+    is_main, is_busy = trainer.is_world_process_zero(), pushing is not None and not pushing.is_done()
+    if trainer.in_pieces:
+        is_busy = agreed_object(is_busy)  # for all have to save
+    elif not is_main:
         return
-    if is_busy and not args.hub_always_push:
+    if args.hub_strategy == HubStrategy.END or (is_busy and not args.hub_always_push):
+        return
+    is_compressed = trainer.stage is Stage.COOLDOWN
+    if is_compressed:
+        with preserved_rng():
+            save(Path(args.output_dir))
+    if not is_main:
         return
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
     by_epoch, step = args.save_strategy == SaveStrategy.EPOCH, trainer.state.global_step
     message = f"Training in progress, {f'epoch {int(trainer.state.epoch)}' if by_epoch else f'step {step}'}"
     jobs = []
-    if trainer.stage is Stage.COOLDOWN:
-        with preserved_rng():
-            save(Path(args.output_dir))
+    if is_compressed:
         jobs.append(_upload(trainer, args.output_dir, message, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]))
     else:
         logger.info("step %d is before the cool-down: the model is not compressed yet, and not sent.", step)

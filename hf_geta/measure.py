@@ -24,6 +24,7 @@ from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
 from hf_geta.report.cost import Cost, measure_cost
 from hf_geta.report.metadata import hub_id
+from hf_geta.sharding import class_without_engine
 
 
 @torch.no_grad()
@@ -100,7 +101,7 @@ def compression_report(model: PreTrainedModel) -> dict[str, Any]:
     axes = preparation.qadg.axes
     versions = {"hf_geta": __version__, "transformers": transformers.__version__, "torch": str(torch.__version__)}
     return {
-        "architecture": type(model).__name__,
+        "architecture": class_without_engine(model).__name__,
         "base_model": hub_id(model.config._name_or_path),
         "compressed": cost.summary(),
         "operations": cost.rows(),

@@ -84,7 +84,12 @@ class ResumableTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             _wait_for_all()
+            is_best = self.state.best_model_checkpoint == str(run_folder / UNFINISHED / name)
+            if is_best:  # by the path that it gets now
+                self.state.best_model_checkpoint = str(run_folder / name)
             if self.args.should_save:
+                if is_best:
+                    self.state.save_to_json(str(run_folder / UNFINISHED / name / TRAINER_STATE_NAME))
                 self._put_in_place(run_folder, name)
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not any(text in str(error) for text in TORCH_COULD_NOT_WRITE):
@@ -105,11 +110,8 @@ class ResumableTrainer(Trainer):
             rotate_checkpoints(str(run_folder), self.args.save_total_limit, best, use_mtime=True)
 
     def _put_in_place(self, run_folder: Path, name: str) -> None:
-        """Rename what was written; its state names the best checkpoint by the path that it gets now."""
+        """Rename what was written."""
         written, place = run_folder / UNFINISHED / name, run_folder / name
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(place)
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
         if place.exists():  # of an earlier run in the same folder
             place.rename(run_folder / UNFINISHED / "replaced")
         written.rename(place)

@@ -6,12 +6,14 @@ whole, every function hands back what it was given, and nothing is sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 
 def is_cut(tensor: Tensor) -> bool:
@@ -38,14 +40,48 @@ def whole(tensor: Tensor) -> Tensor:
 
 def local_range(tensor: Tensor, dim: int) -> slice:
     """Which entries along `dim` this process holds; torch cuts like `torch.chunk`, with empty parts at the end."""
-    start, stop = 0, tensor.shape[dim]
-    if isinstance(tensor, DTensor):
-        for axis, placement in enumerate(tensor.placements):
-            if placement.is_shard(dim):
-                size = -(-(stop - start) // tensor.device_mesh.size(axis))
-                start = min(start + size * tensor.device_mesh.get_local_rank(axis), stop)
-                stop = min(start + size, stop)
+    if not isinstance(tensor, DTensor):
+        return slice(0, tensor.shape[dim])
+    return range_on(tensor.device_mesh, tensor.placements, dim, tensor.shape[dim])
+
+
+def range_on(mesh: DeviceMesh, placements: Sequence[Placement], dim: int, size: int) -> slice:
+    """Which of `size` entries along `dim` this process holds of a tensor with these placements."""
+    start, stop = 0, size
+    for axis, placement in enumerate(placements):
+        if placement.is_shard(dim):
+            part = -(-(stop - start) // mesh.size(axis))
+            start = min(start + part * mesh.get_local_rank(axis), stop)
+            stop = min(start + part, stop)
     return slice(start, stop)
+
+
+def cut_dim(tensor: Tensor) -> int | None:
+    """The dimension along which a tensor lies in pieces; None for one that is whole."""
+    placements = tensor.placements if isinstance(tensor, DTensor) else ()
+    return next((placement.dim for placement in placements if isinstance(placement, Shard)), None)
+
+
+def is_first_copy(tensor: Tensor) -> bool:
+    """Whether no process of a lower rank holds the same piece (HSDP keeps several)."""
+    if not isinstance(tensor, DTensor):
+        return not dist.is_initialized() or dist.get_rank() == 0
+    mesh = tensor.device_mesh
+    axes = [axis for axis, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
+    return all(mesh.get_local_rank(axis) == 0 for axis in axes)
+
+
+def class_without_engine(module: nn.Module) -> type:
+    """The class of a module; `fully_shard` makes it one of its own, with a name of its own."""
+    classes = type(module).__mro__
+    return classes[classes.index(FSDPModule) + 1] if isinstance(module, FSDPModule) else type(module)
+
+
+def reshard_(model: nn.Module) -> None:
+    """Let go of what a forward pass without a backward has gathered: parameters are pieces again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class Shards:

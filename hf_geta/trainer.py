@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_geta.agreement import is_distributed
@@ -28,7 +29,6 @@ from hf_geta.hub import card_fields, describe_training, pickled_without_token, p
 from hf_geta.measure import compression_report, float_inputs, measure_compression, output_difference
 from hf_geta.optim.finite import refuse_not_finite
 from hf_geta.optim.pricing import Pricing
-from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.schedule import Schedule, Stage
 from hf_geta.preparation import is_prepared, preparation_of
 from hf_geta.progress import CompressionProgress
@@ -37,6 +37,8 @@ from hf_geta.report.cost import Cost
 from hf_geta.report.files import load_report, save_report
 from hf_geta.report.publish import publish_with_card_
 from hf_geta.resuming import ResumableTrainer
+from hf_geta.sharded_training import ShardedTrainer
+from hf_geta.sharding import reshard_
 from hf_geta.teacher import DistillingTrainer
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ logger = logging.getLogger(__name__)
 FINALIZE_TOLERANCE = 0.05
 
 
-class GETATrainer(ResumableTrainer, DistillingTrainer):
+class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
     """Fine-tune and compress in one run.
 
     Args:
@@ -86,14 +88,16 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
                 "optimizers=(optimizer, None) and choose the schedule by TrainingArguments.lr_scheduler_type."
             )
         spread = len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
-        in_pieces = self.is_fsdp_enabled or self.is_deepspeed_enabled or getattr(self.model, "_tp_size", None)
-        if in_pieces or spread:
+        by_others = self.is_deepspeed_enabled or self.is_fsdp_xla_enabled or getattr(self.model, "_tp_size", None)
+        when_loaded = getattr(self, "is_distributed_loading_by_transformers", False)
+        if by_others or when_loaded or spread:
             raise ValueError(
-                "GETATrainer compresses on one device or under DDP: launch with a DDP configuration "
-                "(configs/accelerate/ddp.yaml). A model that has to be cut is trained by a loop of your own, with "
-                "torch's fully_shard (FSDP2); accelerate's FSDP, DeepSpeed, tensor parallelism and a device_map over "
-                "several devices are not supported."
+                "GETATrainer compresses on one device, under DDP (configs/accelerate/ddp.yaml), or in pieces under "
+                "accelerate's FSDP2 (configs/accelerate/fsdp2.yaml): DeepSpeed, XLA, tensor parallelism, a model that "
+                "was cut when it was loaded and a device_map over several devices are not supported."
             )
+        if self.in_pieces:
+            self._refuse_what_pieces_do_not_take()
         if is_distributed() and dist.get_world_size() != self.args.world_size:
             raise ValueError(
                 f"{dist.get_world_size()} processes were launched, TrainingArguments know of {self.args.world_size}: "
@@ -137,19 +141,22 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
                 "create_optimizer_and_scheduler(num_training_steps)."
             )
         Schedule.from_config(self.geta_config, total_steps)  # refuses before a calibration is spent
+        if not self.in_pieces:
+            self._try_teacher()
+        self.prepare()
+        if self.in_pieces:
+            self.cut_()
+            self._try_teacher()  # now the model is where the teacher is
+        self.optimizer = create_optimizer(self.model, super().create_optimizer(model), total_steps)
+        self.remember_parameters()
+        return self.optimizer
+
+    def _try_teacher(self) -> None:
         if self.distils:
             with preserved_rng():
                 batch = self._first_batches(1)[0]
             self.try_teacher(batch)
-        self.prepare()
-        self.optimizer = create_optimizer(self.model, super().create_optimizer(model), total_steps)
-        return self.optimizer
-
-    @property
-    def qasso(self) -> QASSO | None:
-        """The run's QASSO, under whatever accelerate has wrapped around it."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return optimizer if isinstance(optimizer, QASSO) else None
+            reshard_(self.model)
 
     def _calibration_batches(self, count: int) -> list[dict[str, Any]]:
         """This process's share of the first batches of a shuffled pass over the training data, without labels.
@@ -171,7 +178,8 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
             self.args.world_size,
             self.args.process_index,
         )
-        batches = [self._prepare_inputs(batch) for batch in found]
+        # a model that will be cut waits for it on the CPU
+        batches = [send_to_device(self._prepare_inputs(batch), self.model.device) for batch in found]
         if not batches:
             raise ValueError("the training dataset is empty: there is nothing to calibrate or to train on.")
         return batches
@@ -224,7 +232,7 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
         if self.geta_config is None or self._is_saving_checkpoint or not is_prepared(self.model):
             super().save_model(output_dir, _internal_call)
             return
-        if self.args.should_save:
+        if self.args.should_save or self.in_pieces:
             self._save_compressed(Path(output_dir or str(self.args.output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -232,7 +240,8 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
     def finalize(self) -> PreTrainedModel:
         """The small model, checked: on a calibration batch it computes what the masked model computes.
 
-        Its `push_to_hub` publishes it with processor, report and card.
+        Its `push_to_hub` publishes it with processor, report and card. Of a model in pieces (FSDP2) every process calls
+        it, and gets the same.
 
         A run that ended before its targets held (stopped early, or with steps that a gradient scaler skipped) is
         finalized as it is, with a warning.
@@ -258,6 +267,10 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
         set_backend_(small, "reference")  # it is the graph that is checked, not a kernel's rounding or the inputs'
         with float_inputs(self.model), float_inputs(small):
             difference = output_difference(self.model, small, inputs)
+        if self.in_pieces:  # each has looked at a batch of its own
+            reshard_(self.model)
+            each = self.accelerator.gather(torch.tensor([difference], device=self.args.device))
+            difference = float(each.max())
         set_backend_(small, "auto")
         if not difference <= FINALIZE_TOLERANCE:
             raise RuntimeError(
@@ -269,6 +282,8 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
 
     def _save_compressed(self, directory: Path) -> None:
         small, report = self.finalize(), self._report()
+        if not self.args.should_save:  # it has added its pieces
+            return
         self._finish_current_push()  # which reads the files that are replaced now
 
         def write(folder: Path) -> None:
@@ -322,7 +337,10 @@ class GETATrainer(ResumableTrainer, DistillingTrainer):
             super().create_model_card(**given)
         elif self.is_world_process_zero():
             folder = str(self.args.output_dir)
-            report = load_report(folder) or self._report()
+            report = load_report(folder)
+            if not report and self.in_pieces:
+                raise ValueError(f"{folder} has no report of the model yet: call save_model() first, on every process.")
+            report = report or self._report()
             save_report(folder, report | card_fields(report, given, self.args.hub_token))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -160,14 +160,15 @@ def write_report(
         claim: what the card says of the data, and how the figures are measured again.
         trainer: of the run; it publishes the card again where it published the model.
     """
-    if args.process_index > 0:
-        return
-    report = load_report(folder)
+    report, is_main = load_report(folder), args.process_index == 0
     name = "compressed" if report else "dense"
     if report and trainer is not None:
-        save_report(folder, report | {name: report[name] | entry} | dict(claim or {}))
-        if args.push_to_hub:
+        if is_main:
+            save_report(folder, report | {name: report[name] | entry} | dict(claim or {}))
+        if args.push_to_hub:  # a call for all processes: the model may lie in pieces
             trainer.push_to_hub(commit_message="Figures of the saved model")
+    if not is_main:
+        return
     output = Path(str(args.output_dir))
     output.mkdir(parents=True, exist_ok=True)
     replace_text(output / "report.json", json.dumps({name: entry}, indent=2) + "\n")

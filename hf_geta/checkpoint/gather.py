@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from hf_geta.sharding import whole
+from hf_geta.sharding import class_without_engine, whole
 
 ENGINE = "torch.distributed.fsdp"
 STATE = "__composable_api"  # names of the attributes that torch's engines keep about a module
@@ -77,10 +77,15 @@ def _without_engine(model: nn.Module) -> Iterator[None]:
     """Meanwhile its modules are of their own classes and without the engine's hooks: torch refuses to copy others."""
     classes: list[tuple[Any, type]] = [(module, type(module)) for module in model.modules()]
     classes = [(module, cls) for module, cls in classes if issubclass(cls, FSDPModule)]
+    # of `register_fsdp_forward_method`, as accelerate's users have `generate`
+    methods = [(module, name, value) for module, _ in classes for name, value in vars(module).items()]
+    methods = [(module, name, value) for module, name, value in methods if _is_defined_by_engine(value)]
     hooks = [(module, name, getattr(module, name)) for module in model.modules() for name in HOOKS]
     try:
-        for module, cls in classes:
-            module.__class__ = cls.__mro__[cls.__mro__.index(FSDPModule) + 1]
+        for module, _ in classes:
+            module.__class__ = class_without_engine(module)
+        for module, name, _ in methods:
+            delattr(module, name)
         for module, name, registered in hooks:
             own = {key: hook for key, hook in registered.items() if not _is_of_engine(hook)}
             setattr(module, name, type(registered)(own))
@@ -90,6 +95,13 @@ def _without_engine(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
         for module, name, registered in hooks:
             setattr(module, name, registered)
+        for module, name, method in methods:
+            setattr(module, name, method)
+
+
+def _is_defined_by_engine(method: Any) -> bool:
+    function = getattr(method, "__func__", None)
+    return str(getattr(function, "__globals__", {}).get("__name__", "")).startswith(ENGINE)
 
 
 def _is_of_engine(hook: Any) -> bool:

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from hf_geta.checkpoint.pieces import MODEL, OPTIMIZER, piece_files
+
 logger = logging.getLogger(__name__)
 
 
@@ -85,7 +87,9 @@ def _checkpoints(run_folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """The files of weights that a checkpoint must have: one, or the shards that its index names."""
+    """The safetensors files that a checkpoint must have: one, the shards that its index names, or each process's."""
+    if pieces := piece_files(folder, MODEL):
+        return [*pieces, *(name.replace(MODEL, OPTIMIZER, 1) for name in pieces)]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return [SAFE_WEIGHTS_NAME]

@@ -93,6 +93,7 @@ class QASSO(OptimizerWrapper):
         self.schedule = Schedule.from_config(self.config, total_steps)
         self.step_count = 0
         self.finite_steps = FiniteSteps(self.space.shards)
+        self._are_averaged = False
         # exactly zero by now
         self.removed = torch.zeros(self.space.num_groups, dtype=torch.bool, device=self.widths.signed.device)
         self.redundant = torch.zeros_like(self.removed)  # being forgotten in the present period
@@ -121,7 +122,9 @@ class QASSO(OptimizerWrapper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._average_whole_gradients_()
+        if not self._are_averaged:
+            self.average_whole_gradients_()
+        self._are_averaged = False
         if not self.finite_steps.allow(self.param_groups):
             return loss
         stage = self.schedule.stage_at(self.step_count)
@@ -136,8 +139,12 @@ class QASSO(OptimizerWrapper):
         self.step_count += 1
         return loss
 
-    def _average_whole_gradients_(self) -> None:
-        """Beside parameters in pieces, which their engine reduces: those of quantizers, by one message."""
+    def average_whole_gradients_(self) -> None:
+        """Beside parameters in pieces, which their engine reduces: those of quantizers, by one message.
+
+        `step()` does it, unless it was done since the last one: for who clips gradients, once backward has added all.
+        """
+        self._are_averaged = True
         if not self.space.shards.are_several:
             return
         parameters = [p for group in self.param_groups for p in group["params"] if not is_cut(p)]

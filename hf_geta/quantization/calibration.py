@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_geta.agreement import is_distributed
+from hf_geta.agreement import is_distributed, reduce_
 from hf_geta.quantization.histogram import MagnitudeHistogram
 from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
@@ -179,8 +179,8 @@ def _reduce(statistics: dict[str, _InputStatistics], layers: Mapping[str, Quanti
         return
     for name, layer in layers.items():
         own = statistics.get(name) or _InputStatistics(layer)
-        torch.distributed.all_reduce(own.squares)
-        torch.distributed.all_reduce(own.magnitudes.counts)
-        torch.distributed.all_reduce(own.magnitudes.extremes, torch.distributed.ReduceOp.MAX)
+        reduce_(own.squares)
+        reduce_(own.magnitudes.counts)
+        reduce_(own.magnitudes.extremes, largest=True)
         if own.magnitudes.counts.sum() > 0:
             statistics[name] = own

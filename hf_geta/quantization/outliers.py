@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_geta.agreement import is_distributed
+from hf_geta.agreement import reduce_
 from hf_geta.quantization.calibration import watch_inputs
 from hf_geta.quantization.functional import bits_to_step_size, fake_quantize
 from hf_geta.quantization.layers import quantized_layers
@@ -81,8 +81,7 @@ def position_errors(model: nn.Module, batches: Iterable[Any], bits: int) -> dict
         rows[name].add_(torch.stack([(error / power.where(seen, 1)).sum(), seen.sum()]).to(total.device))
 
     watch_inputs(model, layers, batches, add)
-    if is_distributed():
-        torch.distributed.all_reduce(total)
+    reduce_(total)
     return dict(zip(layers, (total[:, 0] / total[:, 1].clamp(min=1)).tolist(), strict=True))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_geta.agreement import is_distributed
-from hf_geta.checkpoint.directory import replace_files
+from hf_geta.checkpoint.directory import check_writable, replace_files
 from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.checkpoint.names import own_tensor_names
 from hf_geta.compress import create_optimizer, finalize_model, prepare_model
@@ -75,7 +74,7 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         self._planned_steps = 0
         given = args[1] if len(args) > 1 else kwargs.get("args")
         if geta_config is not None and isinstance(given, TrainingArguments):
-            _check_writable(str(given.output_dir))  # Trainer creates the folder, and says less if it cannot
+            check_writable(str(given.output_dir))  # Trainer creates the folder, and says less if it cannot
         super().__init__(*args, geta_config=geta_config, teacher_model=teacher_model, **kwargs)
         if geta_config is not None:
             self._refuse_what_qasso_cannot_drive()
@@ -346,12 +345,3 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.prepare()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-def _check_writable(directory: str) -> None:
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise ValueError(f"output_dir={directory!r} cannot be written ({error}): choose another folder.") from error

@@ -11,6 +11,20 @@ from pathlib import Path
 WEIGHTS_PATTERN = "model*.safetensors*"  # a file of weights, its shards and their index
 
 
+def check_writable(directory: str) -> None:
+    """Make the folder if there is none, and try to write into it.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir={directory!r} cannot be written ({error}): choose another folder.") from error
+
+
 def replace_files(directory: Path, write: Callable[[Path], None]) -> None:
     """Fill `directory` with what `write` puts into the empty folder that it is handed.
 

@@ -21,7 +21,7 @@ def magnitude(space: PruningSpace) -> Tensor:
 OBSERVED: dict[str, Callable[[Tensor], Tensor]] = {"taylor": torch.abs, "fisher": torch.square}
 
 
-# Steps whose scores a decision sees at least, if the run has had so many: a few rank by chance.
+# Steps whose scores a decision sees at least, if the run has had so many: a batch says little of a group.
 REMEMBERED_STEPS = 64
 
 
@@ -39,8 +39,8 @@ def observe(first_order: Tensor, kinds: Sequence[str]) -> Tensor:
 def memory(schedule: Schedule) -> float:
     """What a decision leaves of the sums to the next one, in [0, 1): nothing where periods are long enough.
 
-    A batch says little of a group: scores of a few steps rank by chance. Where decisions follow each other faster, sums
-    that are multiplied by this number hold the last `REMEMBERED_STEPS`, weighted towards the present.
+    Where decisions follow each other faster, sums that are multiplied by this number hold `REMEMBERED_STEPS`, weighted
+    towards the present.
     """
     return max(1 - schedule.joint_steps / schedule.pruning_periods / REMEMBERED_STEPS, 0.0)
 

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ from hf_geta.quantization.experts import split_experts_
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers, restore_modules_
 from hf_geta.quantization.outliers import widen_outliers_
 from hf_geta.report.publish import publish_with_card_
-from hf_geta.sharding import Shards
+from hf_geta.sharding import Shards, whole
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,12 @@ def file_budget(
         for name, layer in quantized_layers(model).items()
         if layer.weight_quantizer.log_channel_scale is not None
     }
-    return size_budget(target_bytes, tensors, axes, quantizers.weight_rows, channel_dims)
+    block_dims = {
+        f"{name}.weight": layer.weight_quantizer.blocks.dim
+        for name, layer in quantized_layers(model).items()
+        if layer.weight_quantizer.blocks is not None
+    }
+    return size_budget(target_bytes, tensors, axes, quantizers.weight_rows, channel_dims, block_dims)
 
 
 @torch.no_grad()
@@ -245,7 +250,7 @@ def _cut(model: PreTrainedModel, removed: Removed) -> Any:
     small: Any = preparation.qadg.prune(model, removed)
     del small.geta
     if preparation.config.weight_bits is not None:
-        _round_widths_(small, preparation.config)
+        _round_widths_(small, preparation.config, whole)
         pack_model_(small)
     return small
 
@@ -260,7 +265,7 @@ def _cut_in_pieces(model: PreTrainedModel, removed: Removed) -> Any:
         preparation.qadg.prune_and_describe_(small, removed)
     del small.geta
     if preparation.config.weight_bits is not None:
-        _round_widths_(small, preparation.config)
+        _round_widths_(small, preparation.config, pieces.read)
         pack_model_(small, pieces.read)
     pieces.fill_()
     return small
@@ -273,11 +278,21 @@ def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _round_widths_(model: nn.Module, config: GETAConfig) -> None:
-    table = WidthTable(NumberedQuantizers.of(quantized_layers(model)).quantizers)
+def _round_widths_(model: nn.Module, config: GETAConfig, read: Callable[[Tensor], Tensor]) -> None:
+    """Whole, allowed widths and blocks that can be packed: as they are after a cool-down.
+
+    Args:
+        read: as in `pack_model_`.
+    """
+    numbered = NumberedQuantizers.of(quantized_layers(model))
+    table = WidthTable(numbered.quantizers)
     bits = table.bits()
     allowed = [config.allowed_bits(quantizer.widths) for quantizer in table.quantizers]
     final = torch.stack([nearest_allowed(width, widths) for width, widths in zip(bits, allowed, strict=True)])
     if (bits - final).abs().max() > 1e-3:
         logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
+    for quantizer, weight, width in zip(table.quantizers, numbered.weights, final.tolist(), strict=True):
+        if quantizer.blocks is not None and weight is not None and not quantizer.blocks.fit(width):
+            quantizer.blocks.reset_()
+            quantizer.blocks.choose_(read(weight), width, quantizer.input_power)
     table.project_(final, final)

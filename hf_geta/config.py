@@ -74,7 +74,10 @@ class GETAConfig:
     )
     granularity: str = dataclasses.field(
         default="tensor",
-        metadata={"help": "One clip per weight 'tensor' or per output 'channel'; the width is one per tensor."},
+        metadata={
+            "help": "One clip per weight 'tensor', per output 'channel', or per 'block' of 32 inputs of one (of linear "
+            "layers; elsewhere as 'channel'); the width is one per tensor."
+        },
     )
     share_inputs: bool = dataclasses.field(
         default=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-GRANULARITIES = ("tensor", "channel")
+GRANULARITIES = ("tensor", "channel", "block")
 SALIENCIES = ("magnitude", "taylor", "fisher", "mix")
 MIXED_SALIENCIES = SALIENCIES[:3]  # what "mix" mixes, in the order of `saliency_weights`
 OPTIONAL_AXES = ("query_head", "head_dim")  # kinds that are left alone unless they are asked for

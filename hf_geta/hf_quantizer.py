@@ -216,6 +216,11 @@ def _check_loaded(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None
                 raise ValueError(f"{layer_name}.{name} is not in the checkpoint's file: get the file again.")
             if name == "step_size" and not (buffer.isfinite() & (buffer > 0)).all():
                 raise ValueError(f"{layer_name}.{name} is not finite and positive: the file is damaged, get it again.")
+        if (units := layer.units_of_blocks()) is not None and int(units.max()) > layer.highest_multiplier:
+            raise ValueError(
+                f"{layer_name}.block_multipliers go past {layer.highest_multiplier}, the highest at {layer.manifest.bits} "
+                "bits: the file is damaged, get it again."
+            )
 
 
 if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:  # importing it again, say in a reload, changes nothing

@@ -30,7 +30,8 @@ def fits_integers(manifest: LayerManifest, channel_dim: int) -> bool:
     if manifest.activation_bits is None or max(manifest.bits, manifest.activation_bits) > KERNEL_BITS:
         return False
     terms = math.prod(manifest.shape) // manifest.shape[channel_dim]
-    return terms > 1 and terms * highest_code(manifest.bits) * _highest_input(manifest) <= MAX_SUM
+    highest = highest_code(KERNEL_BITS if manifest.granularity == "block" else manifest.bits)
+    return terms > 1 and terms * highest * _highest_input(manifest) <= MAX_SUM
 
 
 @functools.cache

@@ -138,6 +138,8 @@ class _WithGradient(torch.autograd.Function):
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override]  # `weight` is read-only here
     """nn.Linear from a packed weight; dense shape (out, in)."""
 
+    takes_blocks = True
+
 
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override]
     """nn.Conv2d from a packed weight; dense shape (out, in / groups, height, width)."""
@@ -178,6 +180,7 @@ class PackedConv1D(PackedLayer, Conv1D):  # type: ignore[misc]
     """transformers' Conv1D (GPT-2) from a packed weight; dense shape (in, out)."""
 
     channel_dim = 1
+    takes_blocks = True
 
     def _matrix(self, integers: Tensor) -> Tensor:
         return integers

@@ -16,10 +16,11 @@ from transformers import PreTrainedConfig
 
 from hf_geta.checkpoint.manifest_checks import check_fits, check_manifest, is_size
 from hf_geta.checkpoint.names import Rename, file_to_module, module_to_file
+from hf_geta.quantization.blocks import BLOCK
 from hf_geta.quantization.experts import split_named_experts_
 
 QUANT_METHOD = "geta"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of what is read; blocks came with it, and what has none is written as version 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class LayerManifest:
     """One packed layer: the width of its weight, its shape as kept, its step size, and how its input is quantized.
 
     `step_size` is that of a granularity of "tensor"; those of channels are a tensor of the file, and run along
-    `channel_dim` of the shape (None: 0). `shared_with` names the layer whose packed weight, step size included, this
+    `channel_dim` of the shape (None: 0); so are the multipliers of a granularity of "block", which along the other
+    dimension of a matrix count blocks of 32. `shared_with` names the layer whose packed weight, step size included, this
     one uses, where two layers share one. Step sizes are float32 numbers: Python's floats, and with them JSON, hold
     each exactly.
     """
@@ -41,6 +43,16 @@ class LayerManifest:
     activation_signed: bool | None = None
     activation_step_size: float | None = None
     shared_with: str | None = None
+
+    @property
+    def block_dim(self) -> int:
+        """The dimension along which blocks run, if there are any."""
+        return 1 - (self.channel_dim or 0)
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """That of the multipliers, if there are any."""
+        return tuple(-(-size // BLOCK) if dim == self.block_dim else size for dim, size in enumerate(self.shape))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; what does not apply to the layer is left out."""
@@ -71,7 +83,7 @@ class Manifest:
         """The `quantization_config` of config.json, in plain JSON values and sorted by name."""
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if any(e.granularity == "block" for e in self.layers.values()) else 1,
             "shapes": {name: list(shape) for name, shape in sorted(self.shapes.items())},
             "attributes": dict(sorted(self.attributes.items())),
             "layers": {name: layer.to_dict() for name, layer in sorted(self.layers.items())},
@@ -85,7 +97,7 @@ class Manifest:
             ValueError: for another format version, an unknown key, or a value outside its domain.
         """
         layer_keys = [field.name for field in dataclasses.fields(LayerManifest)]
-        check_manifest(values, FORMAT_VERSION, [field.name for field in dataclasses.fields(cls)], layer_keys)
+        check_manifest(values, range(1, FORMAT_VERSION + 1), [field.name for field in dataclasses.fields(cls)], layer_keys)
         return cls(
             shapes={name: tuple(shape) for name, shape in values.get("shapes", {}).items()},
             attributes=dict(values.get("attributes", {})),

@@ -15,12 +15,14 @@ from hf_geta.config_checks import GRANULARITIES, MAX_BITS, MIN_BITS
 LONGEST_NAME = 200  # of a tensor, in a message
 
 
-def check_manifest(values: Mapping[str, Any], version: int, keys: Collection[str], layer_keys: Collection[str]) -> None:
-    """Refuse a `quantization_config` that is no manifest of this format version with these keys."""
-    found = values.get("format_version", version)
-    if type(found) is not int or found != version:
+def check_manifest(
+    values: Mapping[str, Any], versions: range, keys: Collection[str], layer_keys: Collection[str]
+) -> None:
+    """Refuse a `quantization_config` that is no manifest of one of these format versions with these keys."""
+    found = values.get("format_version", versions[0])
+    if type(found) is not int or found not in versions:
         raise ValueError(
-            f"format_version={found!r}: this hf_geta reads version {version}; "
+            f"format_version={found!r}: this hf_geta reads versions {versions[0]} to {versions[-1]}; "
             "the checkpoint needs another release, usually the newest: pip install --upgrade hf_geta."
         )
     _check_keys("quantization_config", values, {"quant_method", "format_version", *keys})
@@ -35,6 +37,8 @@ def check_manifest(values: Mapping[str, Any], version: int, keys: Collection[str
     layers = values.get("layers", {})
     for name, layer in layers.items():
         _check_layer(f"layers: {_cut(name)}", _cut(name), layer, layer_keys)
+        if layer.get("granularity") == "block" and found < 2:
+            raise ValueError(f"layers: {_cut(name)} has granularity='block', which format_version {found} does not.")
     for name, layer in layers.items():
         if layer.get("shared_with") is not None:
             _check_sharing(name, layer, layers)
@@ -68,7 +72,9 @@ def _check_layer(where: str, name: str, values: Any, keys: Collection[str]) -> N
     if granularity not in GRANULARITIES:
         raise ValueError(f"{where} has granularity={_short(granularity)}: it is one of {GRANULARITIES}.")
     channel_dim = values.get("channel_dim")
-    if channel_dim is not None and not (granularity == "channel" and is_size(channel_dim)):
+    if granularity == "block" and (len(values["shape"]) != 2 or channel_dim not in (None, 1)):
+        raise ValueError(f"{where} has granularity='block', which matrices have, and shape {_short(values['shape'])}.")
+    if channel_dim is not None and not (granularity in ("channel", "block") and is_size(channel_dim)):
         raise ValueError(f"{where} has channel_dim={_short(channel_dim)}: it is 1 or more, of channels, or left out.")
     if not (isinstance(signed, bool) if quantizes_inputs else signed is None):
         bits = values.get("activation_bits")

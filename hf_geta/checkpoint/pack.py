@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from hf_geta.checkpoint.layers import PackedLayer, set_backend_
 from hf_geta.checkpoint.manifest import LayerManifest, Manifest, read_manifest, write_manifest_
 from hf_geta.checkpoint.names import packed_tensors, save_as_they_are_
-from hf_geta.checkpoint.packing import highest_code, pack_codes
+from hf_geta.checkpoint.packing import highest_code, pack_codes, pack_multipliers
 from hf_geta.checkpoint.swap import packed_class, replace_with_packed_
+from hf_geta.quantization.blocks import multiplier_unit
+from hf_geta.quantization.kernels import MULTIPLIERS
 from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
 
@@ -97,13 +99,17 @@ def _describe(layers: Mapping[str, QuantizedLayer]) -> dict[str, LayerManifest]:
         inputs = layer.input_quantizer
         if inputs is not None and not inputs.enabled:
             inputs = None  # never calibrated: its input stayed in float
-        per_tensor = layer.weight_quantizer.log_channel_scale is None
+        granularity = _granularity(layer.weight_quantizer)
+        per_tensor = granularity == "tensor"
         if not per_tensor and not ((sizes := _step_sizes(layer)).isfinite() & (sizes > 0)).all():
             raise ValueError(f"{name} has channels whose step size is not a positive float32 number.")
+        bits = _whole_bits(f"{name}.weight", layer.weight_quantizer)
+        if granularity == "block" and not layer.weight_quantizer.blocks.fit(bits):  # type: ignore[union-attr]
+            raise ValueError(f"{name} has blocks that cannot be packed at {bits} bits: the cool-down chooses them.")
         manifests[name] = LayerManifest(
-            bits=_whole_bits(f"{name}.weight", layer.weight_quantizer),
+            bits=bits,
             shape=tuple(layer.weight.shape),
-            granularity="tensor" if per_tensor else "channel",
+            granularity=granularity,
             channel_dim=None if per_tensor else layer.channel_dim or None,
             step_size=float(layer.weight_quantizer.step_size) if per_tensor and owner == name else None,
             activation_bits=None if inputs is None else _whole_bits(f"the input of {name}", inputs),
@@ -113,6 +119,12 @@ def _describe(layers: Mapping[str, QuantizedLayer]) -> dict[str, LayerManifest]:
         )
     Manifest.from_dict(Manifest(layers=manifests).to_dict())
     return manifests
+
+
+def _granularity(quantizer: Quantizer) -> str:
+    if quantizer.blocks is not None:
+        return "block"
+    return "tensor" if quantizer.log_channel_scale is None else "channel"
 
 
 def _whole_bits(what: str, quantizer: Quantizer) -> int:
@@ -129,13 +141,19 @@ def _fill_(packed: PackedLayer, layer: QuantizedLayer, read: Callable[[Tensor], 
     """Codes and step sizes per channel of a quantized layer into the empty packed one."""
     if packed.shared_with:
         return
-    if packed.manifest.granularity == "channel":
+    if packed.manifest.granularity != "tensor":
         packed._buffers["step_size"] = _step_sizes(layer)
+    if (blocks := layer.weight_quantizer.blocks) is not None:
+        units = blocks.multipliers // multiplier_unit(packed.manifest.bits)
+        packed._buffers["block_multipliers"] = pack_multipliers(units)
     packed._buffers["weight"] = pack_codes(layer.weight_quantizer.codes(read(layer.weight)), packed.manifest.bits)
 
 
 def _step_sizes(layer: QuantizedLayer) -> Tensor:
-    """d per output channel, (out,)."""
+    """d per output channel, (out,); of one with blocks, the d of a multiplier of 1."""
     quantizer = layer.weight_quantizer
     assert quantizer.channel_scale is not None
-    return (quantizer.step_size * quantizer.channel_scale).reshape(-1)  # of (out, 1, ...) or (1, out)
+    step_sizes = (quantizer.step_size * quantizer.channel_scale).reshape(-1)  # of (out, 1, ...) or (1, out)
+    if quantizer.blocks is None:
+        return step_sizes
+    return step_sizes * (multiplier_unit(round(float(quantizer.bits))) / MULTIPLIERS)  # a power of two: exact

@@ -1,7 +1,8 @@
 """The weight of a packed layer: codes in memory, floats when it is read, one stream of bytes in the state dict.
 
 In the state dict, `weight` is the flat stream of codes (uint8); its scale is one number of the manifest or, per output
-channel, `step_size` (float32). In the program, `layer.weight` reads as what it stands for, the decoded float weight,
+channel, `step_size` (float32). With blocks of inputs, `block_multipliers` (uint8, 4 bits each) make of each code the integer
+that the step size multiplies: again of 8 bits. In the program, `layer.weight` reads as what it stands for, the decoded float weight,
 because models ask for its dtype and device.
 """
 
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_geta.checkpoint.manifest import LayerManifest
-from hf_geta.checkpoint.packing import pack_codes, packed_bytes, unpack_narrow
+from hf_geta.checkpoint.packing import MULTIPLIER_BITS, pack_codes, packed_bytes, unpack_multipliers, unpack_narrow
+from hf_geta.quantization.blocks import BLOCK, multiplier_unit
+from hf_geta.quantization.kernels import MULTIPLIERS
 
 
 class _Decoded(NamedTuple):
     """A decoded weight and what it was decoded from; torch counts in-place changes of each tensor."""
 
-    sources: tuple[Tensor, ...]  # codes and, per channel, step sizes
+    sources: tuple[Tensor, ...]  # codes and, per channel and block, step sizes and multipliers
     weight: Tensor
     versions: tuple[int, ...]
 
@@ -36,13 +39,14 @@ class _Decoded(NamedTuple):
 class PackedWeight(nn.Module):
     """A layer whose weight is integer codes and step sizes, and whose bias is an ordinary parameter.
 
-    Buffers: `weight` uint8 (ceil(numel * bits / 8),) and, with a granularity of "channel", `step_size` float32 (out,).
-    They keep these types whatever the model is cast to; the decoded weight and the bias follow the model. Single
+    Buffers: `weight` uint8 (ceil(numel * bits / 8),), with a granularity of "channel" or "block" `step_size` float32
+    (out,), and with "block" `block_multipliers` uint8 (ceil(out * blocks / 2),). They keep these types whatever the model is cast to; the decoded weight and the bias follow the model. Single
     numbers, the step sizes of a whole weight and of the input, are the manifest's. To compute in integers a layer may
-    hold its codes as int8 in the dense shape instead (`hold_`); its state dict is the same stream.
+    hold them as int8 in the dense shape instead of the codes (`hold_`); its state dict is the same stream.
     """
 
     channel_dim = 0  # of the dense weight
+    takes_blocks = False  # whether it may have multipliers
     float_class: type[nn.Module] | None = None  # of the dense layer, where it is a class of its own
     kept_buffers: tuple[str, ...] = ()  # of the dense layer
 
@@ -65,9 +69,12 @@ class PackedWeight(nn.Module):
         if shared_with is None:
             # Not register_buffer: it asks hasattr(self, "weight"), which would decode.
             self._buffers["weight"] = self._empty_stream(device)  # type: ignore[arg-type]
-            if manifest.granularity == "channel":
+            if manifest.granularity != "tensor":
                 channels = manifest.shape[self.channel_dim]
                 self.register_buffer("step_size", torch.empty(channels, dtype=torch.float32, device=device))  # type: ignore[arg-type]
+            if manifest.granularity == "block":
+                size = packed_bytes(math.prod(manifest.block_shape), MULTIPLIER_BITS)
+                self.register_buffer("block_multipliers", torch.empty(size, dtype=torch.uint8, device=device))  # type: ignore[arg-type]
         self.register_parameter("bias", getattr(dense, "bias", None))
 
     @property
@@ -78,12 +85,13 @@ class PackedWeight(nn.Module):
         """
         if self.shared_with:
             return self.shared_with[0].weight
-        stored, step_sizes = self._stored(), self._buffers.get("step_size")
+        stored = self._stored()
         if stored.is_meta:  # loading by name compares shapes with the file: nothing to decode yet
             return self._empty_stream("meta")
         if torch.compiler.is_compiling():
             return self._decode()
-        sources = (stored,) if step_sizes is None else (stored, step_sizes)
+        scales = (self._buffers.get(name) for name in ("step_size", "block_multipliers"))
+        sources = (stored, *(scale for scale in scales if scale is not None))
         if self._decoded is not None and self._decoded.is_current(sources, self.weight_dtype):
             return self._decoded.weight
         with torch.inference_mode(False):
@@ -100,10 +108,33 @@ class PackedWeight(nn.Module):
     def codes(self) -> Tensor:
         """The packed codes, uint8, (ceil(numel * bits / 8),); for a layer that shares its weight, the owner's."""
         stored = self._stored()
-        return pack_codes(stored, self.manifest.bits) if stored.dtype == torch.int8 else stored
+        if stored.dtype != torch.int8:
+            return stored
+        multipliers = self._multipliers()
+        codes = stored if multipliers is None else stored.div(multipliers, rounding_mode="floor")  # exact
+        return pack_codes(codes, self.manifest.bits)
+
+    def units_of_blocks(self) -> Tensor | None:
+        """What turns the codes of a block into the integers that its step size multiplies, int8, (out, blocks) or
+        (blocks, out); None is 1."""
+        packed = self._owner._buffers.get("block_multipliers")
+        if packed is None:
+            return None
+        shape = self.manifest.block_shape
+        return unpack_multipliers(packed, math.prod(shape)).view(shape)
+
+    def _multipliers(self) -> Tensor | None:
+        """`units_of_blocks` in the dense shape."""
+        blocks, dim = self.units_of_blocks(), self.manifest.block_dim
+        return None if blocks is None else blocks.repeat_interleave(BLOCK, dim).narrow(dim, 0, self.manifest.shape[dim])
+
+    @property
+    def highest_multiplier(self) -> int:
+        """With which the product of any code and a multiplier has 8 bits; above 8 bits the only one."""
+        return MULTIPLIERS // multiplier_unit(self.manifest.bits)
 
     def _stored(self) -> Tensor:
-        """The codes as they lie in memory: the packed stream, or int8 in the dense shape."""
+        """What lies in memory: the packed stream of codes, or the integers as int8 in the dense shape."""
         if self.shared_with:
             return self.shared_with[0]._stored()
         stored = self._buffers["weight"]
@@ -114,7 +145,7 @@ class PackedWeight(nn.Module):
         return stored
 
     def integers(self) -> Tensor:
-        """The codes as int32, in the dense shape."""
+        """What `step_sizes` multiplies, int32, in the dense shape: the codes or, with blocks, their multiples."""
         return self._integers().to(torch.int32)
 
     def step_sizes(self) -> Tensor:
@@ -125,14 +156,16 @@ class PackedWeight(nn.Module):
         return step_sizes.view([-1 if dim == self.channel_dim else 1 for dim in range(len(self.manifest.shape))])
 
     def _integers(self) -> Tensor:
-        """The codes in the dense shape, int8 up to 8 bits, else int16."""
+        """As `integers`, int8 up to 8 bits, else int16."""
         stored, shape = self._stored(), self.manifest.shape
         if stored.dtype == torch.int8:
             return stored
-        return unpack_narrow(stored, self.manifest.bits, math.prod(shape)).view(shape)
+        codes = unpack_narrow(stored, self.manifest.bits, math.prod(shape)).view(shape)
+        multipliers = self._multipliers()
+        return codes if multipliers is None else codes * multipliers
 
     def hold_(self, as_int8: bool) -> None:
-        """Keep the codes as int8 in the dense shape, or as the packed stream; on the CPU, elsewhere as they are."""
+        """Keep the integers as int8 in the dense shape, or the packed codes; on the CPU, elsewhere as they are."""
         stored = self._stored()
         if not self.shared_with and stored.device.type == "cpu" and as_int8 != (stored.dtype == torch.int8):
             with torch.inference_mode(False):
@@ -140,7 +173,7 @@ class PackedWeight(nn.Module):
             self._buffers["weight"], self._decoded = held, None
 
     def _ordered(self, integers: Tensor) -> Tensor:
-        """The int8 codes with the inputs of one output side by side in memory, as the kernel reads them fastest."""
+        """The integers with the inputs of one output side by side in memory, as the kernel reads them fastest."""
         return integers
 
     def _empty_stream(self, device: torch.device | str) -> Tensor:

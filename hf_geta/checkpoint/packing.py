@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_geta.config_checks import MAX_BITS, MIN_BITS
 
+MULTIPLIER_BITS = 4
 BLOCK_NUMEL = 1 << 18  # codes that are unpacked at a time: what lies between stays in the cache
 
 
@@ -118,6 +119,16 @@ def unpack_rows(packed: Tensor, bits: int, width: int, rows: Tensor) -> Tensor:
     found = packed[place.clamp_(max=len(packed) - 1)]  # past the end lies no code
     codes = unpack_codes(found.view(-1), bits, len(rows) * octets * 8).view(len(rows), octets * 8)
     return codes.gather(1, first % 8 + torch.arange(width, device=rows.device))
+
+
+def pack_multipliers(multipliers: Tensor) -> Tensor:
+    """Multipliers, integers of 1 to 16, as a stream of numbers m - 1 without sign, 4 bits each."""
+    return pack_codes(((multipliers.to(torch.int32) - 1) ^ 8) - 8, MULTIPLIER_BITS)
+
+
+def unpack_multipliers(packed: Tensor, numel: int) -> Tensor:
+    """The `numel` multipliers, int8, of a stream that `pack_multipliers` wrote."""
+    return (unpack_narrow(packed, MULTIPLIER_BITS, numel) & 0xF) + 1
 
 
 def _spread_(packed: Tensor, bits: int, codes: Tensor) -> None:

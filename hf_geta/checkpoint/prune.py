@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_geta.quantization.blocks import Blocks
 from hf_geta.quantization.layers import QuantizedLayer
 
 # Which dimension of `weight` each size attribute states, by the class that owns it.
@@ -30,8 +31,8 @@ ROWS_PER_LINE = 8  # numbers in the 16 bytes that torch's grouped product aligns
 def slice_(model: nn.Module, keep: Mapping[str, Mapping[int, Tensor]]) -> None:
     """Keep only some entries of tensors, in place: tensor name -> dimension -> kept indices, int64 (kept,).
 
-    Parameters stay the same objects, so ties hold; a tied tensor is sliced once. The per-channel scale of a
-    quantized layer follows its weight. Modules' own sizes (`in_features`, `nf` ...) are updated; the `groups` of a
+    Parameters stay the same objects, so ties hold; a tied tensor is sliced once. The scales of a quantized
+    layer, per channel and block, follow its weight. Modules' own sizes (`in_features`, `nf` ...) are updated; the `groups` of a
     convolution or a norm do not follow from shapes: set them with `set_attributes_`.
 
     Raises:
@@ -39,16 +40,22 @@ def slice_(model: nn.Module, keep: Mapping[str, Mapping[int, Tensor]]) -> None:
     """
     tensors = _tensors(model, keep)
     chosen = {id(tensors[name]): (tensors[name], dims) for name, dims in keep.items()}
+    following: dict[Blocks, Mapping[int, Tensor]] = {}  # each once, however many layers share it
     for layer in model.modules():
         if isinstance(layer, QuantizedLayer) and id(layer.weight) in chosen:
-            scale = layer.weight_quantizer.log_channel_scale
-            indices = chosen[id(layer.weight)][1].get(layer.channel_dim)
-            if scale is not None and indices is not None:
-                chosen[id(scale)] = (scale, {layer.channel_dim: indices})
+            scale, blocks = layer.weight_quantizer.log_channel_scale, layer.weight_quantizer.blocks
+            dims = chosen[id(layer.weight)][1]
+            if scale is not None and layer.channel_dim in dims:
+                chosen[id(scale)] = (scale, {layer.channel_dim: dims[layer.channel_dim]})
+            if blocks is not None:
+                following[blocks] = dims
     for tensor, dims in chosen.values():
         for dim, indices in dims.items():
             tensor.data = tensor.data.index_select(dim, indices.to(tensor.device))
         tensor.grad = None
+    for blocks, dims in following.items():
+        for dim, indices in dims.items():
+            blocks.take_(dim, indices)
     _update_sizes_(model)
 
 

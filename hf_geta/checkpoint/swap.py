@@ -45,7 +45,9 @@ def replace_with_packed_(model: nn.Module, layers: Mapping[str, LayerManifest]) 
         if (kind := packed_class(dense)) is None:
             known = ", ".join(each.__name__ for each in PACKED_CLASSES)
             raise ValueError(f"layers: {name} is a {type(dense).__name__}; what can be packed is {known}.")
-        if layer.granularity == "channel" and (layer.channel_dim or 0) != kind.channel_dim:
+        if layer.granularity == "block" and not kind.takes_blocks:
+            raise ValueError(f"layers: {name} has granularity='block'; a {type(dense).__name__} has no blocks.")
+        if layer.granularity != "tensor" and (layer.channel_dim or 0) != kind.channel_dim:
             raise ValueError(
                 f"layers: {name} has channel_dim={layer.channel_dim}, but the outputs of a {type(dense).__name__} are "
                 f"dimension {kind.channel_dim}."

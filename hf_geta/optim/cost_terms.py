@@ -8,11 +8,13 @@ from torch import Tensor
 
 from hf_geta.graph.qadg import Axis, Operation
 from hf_geta.optim.budget import Budget, CostTerm
+from hf_geta.quantization.blocks import BLOCK
 
 FLOAT_BITS = 32
 # What safetensors writes about a tensor beside its name: dtype, shape, offsets, and what rounding up to bytes adds.
 ENTRY_BYTES = 128
 HEADER_BYTES = 8
+MULTIPLIER_BYTES = 0.5
 
 Dims = tuple[tuple[tuple[int, float], ...], ...]
 
@@ -51,6 +53,7 @@ def size_budget(
     axes: Sequence[Axis],
     weight_rows: Mapping[str, int],
     channel_dims: Mapping[str, int],
+    block_dims: Mapping[str, int],
 ) -> Budget:
     """Bytes of the weight file: packed codes, float tensors in their own dtype, and at most what the header takes.
 
@@ -60,6 +63,7 @@ def size_budget(
         axes: the prunable axes, in the order of the removed counts.
         weight_rows: weight name -> row of its quantizer; the others stay in float.
         channel_dims: weight name -> dimension that has one float32 step size per entry; none with one per tensor.
+        block_dims: weight name -> dimension of which every 32 entries have a multiplier of 4 bits for each channel.
     """
     terms, overhead = [], float(HEADER_BYTES)
     for name, tensor in tensors.items():
@@ -71,8 +75,13 @@ def size_budget(
             terms.append(CostTerm(float(tensor.numel() * tensor.element_size()), dims, ()))
         if name in channel_dims:
             dim = channel_dims[name]
+            channels = (_owners(name, dim, tensor.shape[dim], axes),)
             overhead += ENTRY_BYTES + len(name)
-            terms.append(CostTerm(4.0 * tensor.shape[dim], (_owners(name, dim, tensor.shape[dim], axes),), ()))
+            terms.append(CostTerm(4.0 * tensor.shape[dim], channels, ()))
+        if name in block_dims:
+            overhead += ENTRY_BYTES + len(name)
+            terms.append(CostTerm(tensor.numel() / BLOCK * MULTIPLIER_BYTES, dims, ()))
+            terms.append(CostTerm(tensor.shape[dim] * MULTIPLIER_BYTES, channels, ()))  # of a block that is not full
     return Budget(tuple(terms), overhead, target_bytes)
 
 

@@ -14,7 +14,7 @@ by a `Pricing` (as many groups and bits as one price leaves).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -176,10 +176,20 @@ class QASSO(OptimizerWrapper):
         at = self.schedule.upper_bits_at
         return any(at(self.step_count, bits) != at(self.step_count - 1, bits) for bits in self._rows_of_upper)
 
-    def _move_widths_(self, lower: Tensor, upper: Tensor) -> None:
-        """Into new bounds, clips and all."""
-        move_clips_(self.widths, self.weights, lower, upper)
+    def _move_widths_(self, lower: Tensor, upper: Tensor, kept: Mapping[int, Tensor] | None = None) -> None:
+        """Into new bounds, clips and all; `kept` as in `move_clips_`."""
+        move_clips_(self.widths, self.weights, lower, upper, kept)
         self.widths.project_(lower, upper)
+
+    def _kept_inputs(self) -> dict[int, Tensor]:
+        """Row of a quantizer with blocks -> which inputs of its weight are left, (in,) bool, where some have gone."""
+        kept = {}
+        for parameter, dim, flags in self.space.flags_along_dims(self.removed):
+            row = self.quantizer_rows[parameter]
+            blocks = None if row < 0 else self.widths.quantizers[row].blocks
+            if blocks is not None and blocks.dim == dim:
+                kept[row] = ~flags
+        return kept
 
     def _joint_step(self) -> None:
         period = self.schedule.pruning_period_at(self.step_count)
@@ -265,7 +275,7 @@ class QASSO(OptimizerWrapper):
         if self.final_bits is None:
             self.targets.observe()
             self.final_bits = agreed(self.targets.final_bits(self.removed))
-            self._move_widths_(self.final_bits, self.final_bits)
+            self._move_widths_(self.final_bits, self.final_bits, self._kept_inputs())
         self.widths.fold_step_size_gradients_()
         self.base.step()
         self.widths.project_(self.final_bits, self.final_bits)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable
+from hf_geta.quantization.kernels import MULTIPLIERS
 from hf_geta.sharding import local, local_gradient, local_range
 
 CHUNK_ENTRIES = 2**22  # a chunk's dozen float32 vectors take about 200 MB
@@ -63,6 +64,7 @@ class RedundantEntries:
     ) -> None:
         device = indices[0].device
         self.parameters, self.widths, self.num_segments = parameters, widths, len(parameters)
+        self.rows = list(rows)
         self.tensors = [local(parameter) for parameter in parameters]
         quantized = [segment for segment, row in enumerate(rows) if row >= 0]
         self.quantized_segments = torch.tensor(quantized, dtype=torch.int64, device=device)
@@ -93,6 +95,18 @@ class RedundantEntries:
         here = local_range(self.parameters[segment], channel_dim)
         scales = log_scale.detach().narrow(channel_dim, here.start, here.stop - here.start).view(-1)
         return scales, math.prod(self.parameters[segment].shape[channel_dim + 1 :])
+
+    def multipliers(self, piece: Piece) -> Tensor | None:
+        """m of the blocks that these entries are in, (n,); None where the segment has no blocks."""
+        row = self.rows[piece.segment]
+        blocks = None if row < 0 else self.widths.quantizers[row].blocks
+        if blocks is None:
+            return None
+        parameter, tensor = self.parameters[piece.segment], self.tensors[piece.segment]
+        place = [piece.index // tensor.shape[1], piece.index % tensor.shape[1]]
+        place = [index + local_range(parameter, dim).start for dim, index in enumerate(place)]
+        place[blocks.dim] = blocks.block_of[place[blocks.dim]].long()
+        return blocks.multipliers[place[0], place[1]].float() / MULTIPLIERS
 
     def grids(self) -> Grids:
         """The quantizers' grids as they are now, copied."""
@@ -153,7 +167,7 @@ class Chunk:
         """(c, r), each (n,), with Q(x) = c + d r.
 
         c = sgn(x) u and r = sgn(x) (round(u / d) - u / d), u = min(|x|, q_m)^t; per channel both carry the scale s_c
-        and |x| is |x| / s_c. A parameter without quantizer has Q(x) = x, so c = x and r = 0.
+        and |x| is |x| / s_c, times m in a block. A parameter without quantizer has Q(x) = x, so c = x and r = 0.
         """
         scale = self._spread_channel_scales(values, grids)
         bounded = (values.abs() / scale).minimum(self._spread_rows(grids.clip_max))
@@ -180,7 +194,8 @@ class Chunk:
             if scales is None or channels is None:
                 parts.append(values.new_ones(len(piece.index)))
             else:  # an entry's channel follows from its index: it is not stored beside it
-                parts.append(scales[piece.index // channels[1] % max(scales.numel(), 1)])
+                scale = scales[piece.index // channels[1] % max(scales.numel(), 1)]
+                parts.append(scale if (m := self.entries.multipliers(piece)) is None else scale * m)
         return torch.cat(parts)
 
     def subtract_(self, change: Tensor) -> None:

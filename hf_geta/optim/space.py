@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,12 @@ class PruningSpace:
             if len(positions):
                 owned.append((local(self.parameters[grouped.parameter]), grouped.dim, positions))
         return owned
+
+    def flags_along_dims(self, groups: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """(position in `parameters`, dim, (size,) bool): which entries of each dimension the flagged groups own."""
+        flags = torch.cat([groups, groups.new_zeros(1)])  # -1 reads the added False
+        for grouped in self.dims:
+            yield grouped.parameter, grouped.dim, flags[grouped.group_ids]
 
     def entries(self, groups: Tensor) -> Entries:
         """Every entry of every parameter that belongs to a flagged group, each once."""

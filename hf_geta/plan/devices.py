@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -138,13 +139,14 @@ def plan_communication(model: nn.Module, qasso: QASSO, gradients: int) -> Commun
     inputs = {id(layer.input_quantizer) for layer in layers if layer.input_quantizer}
     weighed = {id(layer.weight_quantizer): layer for layer in layers}.values()  # each has one power of its inputs
     powers = (layer.spread_over_weight(torch.empty(layer.input_features, device="meta")) for layer in weighed)
+    blocks = (buffer for quantizer in quantizers if quantizer.blocks for buffer in quantizer.blocks.buffers())
     histogram = MagnitudeHistogram(torch.device("meta"))
     prices = qasso.targets.ceilings is not None
     widths = len(qasso.widths.quantizers)  # a byte each, as each group's flag
     return Communication(
         gradients=gradients,
         quantizer_gradients=tensor_bytes(p for quantizer in quantizers for p in quantizer.parameters()),
-        buffers=len(inputs) * 4 * (MAX_BITS + 1) + tensor_bytes(powers),
+        buffers=len(inputs) * 4 * (MAX_BITS + 1) + tensor_bytes(itertools.chain(powers, blocks)),
         decision=qasso.space.num_groups + widths * prices,
         decision_messages=1 + prices,
         final_widths=widths,

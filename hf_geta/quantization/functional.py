@@ -44,6 +44,8 @@ def fake_quantize(
     exponent: Tensor | None = None,
     channel_scale: Tensor | None = None,
     signed: bool = True,
+    multipliers: Tensor | None = None,
+    block_of: Tensor | None = None,
 ) -> Tensor:
     """Q(x), in the shape and dtype of x, with gradients for x and for what the quantizer learns (GETA, Sec. 3).
 
@@ -58,14 +60,14 @@ def fake_quantize(
         step_size, clip_max, exponent: positive 0-dim tensors; `exponent=None` means t = 1.
         channel_scale: positive, of shape (out, 1, ...) or (1, out): s above.
         signed: False clips x to [0, q_m] instead of [-q_m, q_m].
+        multipliers: uint8, 1 ... 16, of shape (out, blocks) or (blocks, out): a block's scale is s multipliers / 16.
+        block_of: int32 (in,), the block of each input; with `multipliers`.
 
     Only x is kept for the backward pass. While `torch.compile` or `torch.export` traces, the same function is spelled
     in elementwise operators.
     """
-    grid = Grid(step_size, clip_max, exponent, channel_scale, signed)
-    if torch.compiler.is_compiling():
-        return trace_fake_quantize(x, grid)
-    return _FakeQuantize.apply(x, step_size, clip_max, exponent, channel_scale, signed)
+    grid = Grid(step_size, clip_max, exponent, channel_scale, signed, multipliers, block_of)
+    return trace_fake_quantize(x, grid) if torch.compiler.is_compiling() else _FakeQuantize.apply(x, *grid)
 
 
 def quantize_codes(
@@ -75,26 +77,32 @@ def quantize_codes(
     exponent: Tensor | None = None,
     channel_scale: Tensor | None = None,
     signed: bool = True,
+    multipliers: Tensor | None = None,
+    block_of: Tensor | None = None,
 ) -> Tensor:
     """The integers k of `fake_quantize`: int32, the shape of x, |k| <= 2^(b-1) - 1 at a whole width b.
 
-    `(step_size * channel_scale) * k`, in float32, is `fake_quantize(x)` bit for bit.
+    `(step_size * channel_scale) * k`, in float32, is `fake_quantize(x)` bit for bit; with blocks, k times the exact
+    multipliers / 16 in the place of k.
     """
-    return kernels.codes(x.detach(), Grid(step_size, clip_max, exponent, channel_scale, signed))
+    return kernels.codes(
+        x.detach(), Grid(step_size, clip_max, exponent, channel_scale, signed, multipliers, block_of)
+    )
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *grid: Any) -> Tensor:
-        ctx.signed = grid[-1]
-        ctx.save_for_backward(x, *grid[:-1])
+        *scalars, ctx.signed, multipliers, block_of = grid
+        ctx.save_for_backward(x, *scalars, multipliers, block_of)
         return kernels.forward(x, Grid(*grid))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *grid = ctx.saved_tensors
-        return *kernels.backward(grad, x, Grid._make([*grid, ctx.signed]))[1], None
+        x, *scalars, multipliers, block_of = ctx.saved_tensors
+        grid = Grid(*scalars, ctx.signed, multipliers, block_of)
+        return *kernels.backward(grad, x, grid)[1], None, None, None
 
 
 def trace_fake_quantize(x: Tensor, grid: Grid) -> Tensor:
@@ -102,11 +110,15 @@ def trace_fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 
     The straight-through surrogate is literal: autograd of this expression gives the gradients documented there.
     """
-    step_size, clip_max, exponent, scale, signed = grid
+    step_size, clip_max, exponent, scale, signed, multipliers, block_of = grid
     learning = torch.is_grad_enabled()
     dtype = kernels.compute_dtype(x)
     value = x if x.dtype == dtype else x.to(dtype)
     value = value if scale is None else value / scale
+    if multipliers is not None:
+        blocks_dim = 1 if scale.shape[1] == 1 else 0
+        multipliers = (multipliers.to(dtype) / kernels.MULTIPLIERS).index_select(blocks_dim, block_of)
+        value = value / multipliers
     low = -clip_max if signed else torch.zeros_like(clip_max)
     if exponent is None:
         power = torch.clamp(value, low, clip_max)
@@ -119,5 +131,6 @@ def trace_fake_quantize(x: Tensor, grid: Grid) -> Tensor:
             power = power + (passed - passed.detach())
     codes = power / step_size
     codes = codes + (torch.round(codes) - codes).detach() if learning else torch.round(codes)
+    codes = codes if multipliers is None else codes * multipliers
     result = codes * (step_size if scale is None else step_size * scale)
     return result if x.dtype == dtype else result.to(x.dtype)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+MULTIPLIERS = 16  # what multipliers are fractions of
 BLOCK_NUMEL = 1 << 18  # 1 MiB of float32; the fastest of 2^14 ... 2^22 on 2 cores
 
 
@@ -25,6 +26,8 @@ class Grid(NamedTuple):
     exponent: Any = None  # t, (); None is 1
     channel_scale: Any = None  # s, (out, 1, ...) or (1, out); None is 1
     signed: bool = True
+    multipliers: Any = None  # 16 m, (out, blocks) or (blocks, out), integers; None is m = 1
+    block_of: Any = None  # (in,): the block of each input; with multipliers
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -54,7 +57,8 @@ def backward(
     sums = []
     for rows in _row_blocks(source):
         kept_rows = None if kept is None else kept[rows]
-        sums.append(_backward_block(source[rows], upstream[rows], _at(local, rows), grad_x[rows], kept_rows))
+        at = _at(local, rows, source[rows])
+        sums.append(_backward_block(source[rows], upstream[rows], at, grad_x[rows], kept_rows))
     value = None if kept is None else _unflatten(kept, x, order)
     return value, (_unflatten(grad_x, x, order), *_gather(sums, grid, local))
 
@@ -62,22 +66,22 @@ def backward(
 def _backward_block(x: Tensor, grad: Tensor, grid: Grid, grad_x: Tensor, kept: Tensor | None) -> list[Tensor | None]:
     """Writes the gradient of x, and Q(x) to `kept`; returns this block's share of four sums (the last per channel).
 
-    With p = s sgn(x) u and g_c what of g lies beyond the clip:
+    With p = s m sgn(x) u and g_c what of g lies beyond the clip:
 
         d dd = <g, Q - p>     q_m dq_m / t = <g_c, p>     dt = <g, p ln a>     s ds = <g, Q - x> + <g_c, x>
     """
     x, g = x.to(compute_dtype(x)), grad.to(compute_dtype(x))
     scale = grid.channel_scale
-    v = x if scale is None else torch.div(x, scale, out=_scratch(0, x))
+    v = _scaled(x, grid, _scratch(0, x))
     power = _signed_power(v, grid, _scratch(1, x))
     quantized = kept if kept is not None and kept.dtype == x.dtype else _scratch(2, x)
-    torch.div(power, grid.step_size, out=quantized).round_().mul_(_step(grid))
+    _times_multiplier_(torch.div(power, grid.step_size, out=quantized).round_(), grid).mul_(_step(grid))
     if kept is not None and kept is not quantized:
         kept.copy_(quantized)
     beyond = _beyond_clip(g, v, grid)
     exponent_sum = scale_sum = None
     if scale is not None:
-        power.mul_(scale)
+        _times_multiplier_(power.mul_(scale), grid)
     if grid.exponent is not None:
         log = torch.abs(v, out=_scratch(4, x)).clamp_(max=grid.clip_max).clamp_(min=torch.finfo(v.dtype).tiny).log_()
         exponent_sum = _dot(log.mul_(power), g)
@@ -122,12 +126,24 @@ def _signed_power(v: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
 
 def _rounded(x: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
     """sgn(x) round(u / d), in floating point."""
-    v = x if grid.channel_scale is None else torch.div(x, grid.channel_scale, out=out)
-    return _signed_power(v, grid, out).div_(grid.step_size).round_()
+    return _signed_power(_scaled(x, grid, out), grid, out).div_(grid.step_size).round_()
 
 
 def _dequantized(x: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
-    return _rounded(x, grid, out).mul_(_step(grid))
+    return _times_multiplier_(_rounded(x, grid, out), grid).mul_(_step(grid))
+
+
+def _scaled(x: Tensor, grid: Grid, out: Tensor | None) -> Tensor:
+    """x / (s m)."""
+    if grid.channel_scale is None:
+        return x
+    v = torch.div(x, grid.channel_scale, out=out)
+    return v if grid.multipliers is None else v.div_(grid.multipliers)
+
+
+def _times_multiplier_(values: Tensor, grid: Grid) -> Tensor:
+    """Of codes an exact product, which is what a packed layer stores as one integer."""
+    return values if grid.multipliers is None else values.mul_(grid.multipliers)
 
 
 def _low(grid: Grid) -> Any:
@@ -177,21 +193,24 @@ def _map(function: Any, x: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     result = torch.empty_like(source, dtype=dtype)
     for rows in _row_blocks(source):
         block = source[rows].to(compute_dtype(x))
+        at = _at(local, rows, block)
         if dtype == block.dtype:
-            function(block, _at(local, rows), result[rows])
+            function(block, at, result[rows])
         else:
-            result[rows] = function(block, _at(local, rows))
+            result[rows] = function(block, at)
     return _unflatten(result, x, order)
 
 
 def _local(grid: Grid, x: Tensor, order: list[int] | None) -> Grid:
-    """The grid as the blocks use it: numbers on the CPU, the channel scale as a row or a column."""
-    scale = grid.channel_scale
+    """The grid as the cache's blocks use it: numbers on the CPU, the channel scale as a row or a column, m as floats."""
+    scale, multipliers = grid.channel_scale, grid.multipliers
     if scale is not None:
         scale = (scale if order is None else scale.permute(order)).detach().flatten(1)
+    if multipliers is not None:
+        multipliers = (multipliers if order is None else multipliers.permute(order)).to(compute_dtype(x)) / MULTIPLIERS
     read = _number if _readable(grid.step_size) else Tensor.detach
     step_size, clip_max, exponent = (None if tensor is None else read(tensor) for tensor in grid[:3])
-    return Grid(step_size, clip_max, exponent, scale, grid.signed)
+    return Grid(step_size, clip_max, exponent, scale, grid.signed, multipliers, grid.block_of)
 
 
 def _readable(scalar: Tensor) -> bool:
@@ -203,10 +222,18 @@ def _number(scalar: Tensor) -> float:
     return scalar.item()
 
 
-def _at(grid: Grid, rows: slice) -> Grid:
-    if grid.channel_scale is None or grid.channel_scale.shape[0] == 1:
+def _at(grid: Grid, rows: slice, like: Tensor) -> Grid:
+    """The grid of some rows of the matrix, with m for each of their entries."""
+    scale, multipliers = grid.channel_scale, grid.multipliers
+    if scale is None:
         return grid
-    return grid._replace(channel_scale=grid.channel_scale[rows])
+    if multipliers is not None:
+        out = _scratch(5, like) if like.dtype == multipliers.dtype else None
+        if _other_dim(scale) == 1:
+            multipliers = torch.index_select(multipliers[rows], 1, grid.block_of, out=out)
+        else:
+            multipliers = torch.index_select(multipliers, 0, grid.block_of[rows], out=out)
+    return grid._replace(channel_scale=scale if scale.shape[0] == 1 else scale[rows], multipliers=multipliers)
 
 
 def _other_dim(scale: Tensor) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta.config import GETAConfig
+from hf_geta.quantization.blocks import Blocks
 from hf_geta.quantization.experts import StackedLinear, join_experts_, stacked_parameters
 from hf_geta.quantization.functional import fake_quantize
 from hf_geta.quantization.kernels import Grid
@@ -293,10 +294,13 @@ def _weight_quantizer(
     if not weight.is_meta and not torch.isfinite(weight).all():
         raise ValueError(f"{name}.weight contains NaN or infinite values: check the checkpoint that it came from.")
     shape = None
-    if config.granularity == "channel" or is_embedding or isinstance(module, StackedLinear):
+    if config.granularity != "tensor" or is_embedding or isinstance(module, StackedLinear):
         shape = tuple(size if dim == channel_dim else 1 for dim, size in enumerate(weight.shape))
     widths = "quantize_embeddings" if is_embedding else "weight_bits"
-    quantizer = Quantizer(shape, device=weight.device, widths=widths)
+    blocks = None
+    if config.granularity == "block" and weight.ndim == 2 and not is_embedding:
+        blocks = Blocks(weight.shape, 1 - channel_dim, weight.device)
+    quantizer = Quantizer(shape, device=weight.device, widths=widths, blocks=blocks)
     quantizer.initialize_(weight, config.initial_bits)
     return quantizer
 

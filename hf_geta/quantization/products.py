@@ -83,7 +83,10 @@ def quantized_product(
     """`product.forward(Q(x), Q(weight), bias)`, Q as in `fake_quantize`; `x_grid=None` leaves x as it is."""
     signed = x_grid is None or x_grid.signed
     x_scalars = (None, None) if x_grid is None else x_grid[:2]
-    return _QuantizedProduct.apply(product, signed, x, weight, bias, *x_scalars, *weight_grid[:4])
+    *weight_scalars, _, multipliers, block_of = weight_grid  # weights are signed
+    return _QuantizedProduct.apply(
+        product, signed, x, weight, bias, *x_scalars, *weight_scalars, multipliers, block_of
+    )
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -102,7 +105,7 @@ class _QuantizedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *scalars = ctx.saved_tensors
         x_grid, weight_grid = _grids(scalars, ctx.signed)
-        product, needs = ctx.product, ctx.needs_input_grad[2:]  # x, weight, bias, d_x, q_x, d_w, q_w, t_w, s_w
+        product, needs = ctx.product, ctx.needs_input_grad[2:]  # x, weight, bias, d_x, q_x, d_w, q_w, t_w, s_w, blocks
         grad_x: Any = None
         grad_bias: Any = None
         x_grads: Any = (None, None)
@@ -116,14 +119,15 @@ class _QuantizedProduct(torch.autograd.Function):
                 value, (grad_x, *x_grads) = kernels.backward(grad_x, x, x_grid, keep_value=True, overwrite_grad=True)
         elif x_grid is not None:
             value = kernels.forward(x, x_grid)
-        if needs[1] or any(needs[5:]):
+        if needs[1] or any(needs[5:9]):
             grad_weight = product.grad_weight(grad, value.to(grad.dtype), weight.to(grad.dtype)).to(weight.dtype)
             weight_grads = kernels.backward(grad_weight, weight, weight_grid, overwrite_grad=True)[1]
         if needs[2]:
             grad_bias = product.grad_bias(grad).to(ctx.bias_dtype)
-        return None, None, grad_x, weight_grads[0], grad_bias, *x_grads[:2], *weight_grads[1:]
+        return None, None, grad_x, weight_grads[0], grad_bias, *x_grads[:2], *weight_grads[1:], None, None
 
 
 def _grids(scalars: Any, signed: bool) -> tuple[Grid | None, Grid]:
-    step_size, clip_max, *weight = scalars
-    return None if step_size is None else Grid(step_size, clip_max, signed=signed), Grid(*weight)
+    step_size, clip_max, *weight, multipliers, block_of = scalars
+    weight_grid = Grid(*weight, multipliers=multipliers, block_of=block_of)
+    return None if step_size is None else Grid(step_size, clip_max, signed=signed), weight_grid

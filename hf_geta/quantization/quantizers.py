@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_geta.config import WIDTHS
+from hf_geta.quantization.blocks import Blocks
 from hf_geta.quantization.functional import bits_to_step_size, fake_quantize, quantize_codes, step_size_to_bits
 from hf_geta.quantization.kernels import Grid
 from hf_geta.quantization.weight_clips import least_squares_clip
@@ -25,6 +26,7 @@ class Quantizer(nn.Module):
         learn_exponent: False fixes t = 1, which every integer runtime can reproduce on its inputs.
         enabled: False passes x through (an input quantizer before its calibration).
         widths: the field of GETAConfig that bounds its width, one of `config.WIDTHS`.
+        blocks: of a matrix whose channels have blocks with grids of their own.
     """
 
     log_step_size: nn.Parameter
@@ -41,9 +43,11 @@ class Quantizer(nn.Module):
         enabled: bool = True,
         device: torch.device | None = None,
         widths: str = "weight_bits",
+        blocks: Blocks | None = None,
     ) -> None:
         super().__init__()
         self.widths = widths
+        self.blocks = blocks
         self.signed = True
         self.enabled = enabled
         shapes = {
@@ -88,7 +92,8 @@ class Quantizer(nn.Module):
     @property
     def grid(self) -> Grid:
         """The arguments of `fake_quantize`, in its order."""
-        return Grid(self.step_size, self.clip_max, self.exponent, self.channel_scale, self.signed)
+        blocks = (None, None) if self.blocks is None else (self.blocks.multipliers, self.blocks.block_of)
+        return Grid(self.step_size, self.clip_max, self.exponent, self.channel_scale, self.signed, *blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """Q(x) in the shape and dtype of x; x itself where the quantizer is not enabled."""
@@ -102,7 +107,26 @@ class Quantizer(nn.Module):
     def best_clip(self, weight: Tensor, bits: float) -> Tensor:
         """The clip s q_m that suits `weight` at `bits`: of `log_channel_scale`'s shape, or ()."""
         shape = None if self.log_channel_scale is None else tuple(self.log_channel_scale.shape)
-        return least_squares_clip(weight, bits, shape, self.input_power)
+        if self.blocks is None:
+            return least_squares_clip(weight, bits, shape, self.input_power)
+        multipliers = self.blocks.spread()
+        importance = multipliers.square()
+        importance = importance if self.input_power is None else importance * self.input_power
+        return least_squares_clip(weight / multipliers, bits, shape, importance)
+
+    @torch.no_grad()
+    def move_clips_(self, weight: Tensor, before: float, after: float, kept: Tensor | None = None) -> None:
+        """Scale the clips from those that suit `before` bits to those that suit `after`, block by block if there are.
+
+        Args:
+            weight: what is rounded, whole.
+            kept: as in `Blocks.choose_`.
+        """
+        old = self.best_clip(weight, before)
+        if self.blocks is not None:
+            self.blocks.choose_(weight, after, self.input_power, kept)
+        shift = (self.best_clip(weight, after) / old).log()
+        (self.log_clip_max if self.log_channel_scale is None else self.log_channel_scale).add_(shift)
 
     @torch.no_grad()
     def initialize_(self, x: Tensor, bits: float) -> None:
@@ -122,8 +146,10 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def set_range_(self, clip_max: Tensor | float, bits: float, signed: bool = True) -> None:
-        """q_m = `clip_max`, t = 1, s = 1, d of `bits`, and the grid signed or not; the quantizer is enabled."""
+        """q_m = `clip_max`, t = 1, s = m = 1, d of `bits`, and the grid signed or not; the quantizer is enabled."""
         self.signed, self.enabled = signed, True
+        if self.blocks is not None:
+            self.blocks.reset_()
         self.log_clip_max.copy_(torch.as_tensor(clip_max).log())
         for parameter in (self.log_exponent, self.log_channel_scale):
             if parameter is not None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_geta.checkpoint.manifest import LayerManifest, Manifest
 from hf_geta.checkpoint.models import dense_skeleton
-from hf_geta.checkpoint.packing import packed_bytes
+from hf_geta.checkpoint.packing import MULTIPLIER_BITS, packed_bytes
 from hf_geta.report.cost import FLOAT_BITS
 from hf_geta.report.figures import METRICS
 from hf_geta.report.files import REPORT_NAME, load_report
@@ -177,10 +177,12 @@ def _layers(model: PreTrainedModel, manifest: Manifest, bops: Mapping[str, float
 def _packed_size(model: nn.Module, name: str, layer: LayerManifest) -> int:
     if layer.shared_with:
         return 0
-    channels = 0
-    if layer.granularity == "channel":
-        channels = layer.shape[1 if type(model.get_submodule(name)).__name__ == "Conv1D" else 0]
-    return packed_bytes(math.prod(layer.shape), layer.bits) + STEP_SIZE_BYTES * channels
+    size = packed_bytes(math.prod(layer.shape), layer.bits)
+    if layer.granularity != "tensor":
+        size += STEP_SIZE_BYTES * layer.shape[1 if type(model.get_submodule(name)).__name__ == "Conv1D" else 0]
+    if layer.granularity == "block":
+        size += packed_bytes(math.prod(layer.block_shape), MULTIPLIER_BITS)
+    return size
 
 
 def _counted(model: nn.Module, manifest: Manifest, layers: tuple[Layer, ...]) -> tuple[int, dict[str, float]]:

@@ -1,0 +1,119 @@
+"""Blocks: runs of 32 inputs of one output channel, each with a coarser or finer grid than its channel's.
+
+A channel's grid has to reach its largest weight; where most of the others are small, few of its points are near them.
+So every block rounds on the channel's grid scaled down by m / 16, m = 1 ... 16:
+
+    Q(x) = (s m / 16) Q0(x / (s m / 16))         s learned per channel, m chosen whenever the width moves
+
+Both factors are integers, so the product of code and m is one as well: of up to 8 bits, if m is a multiple of
+2^(b-4) where the width b is above 4. A layer therefore runs on int8 kernels as one without blocks does, and the file
+holds 4 bits more for every 32 weights. (Blocks of integers inside of an 8-bit grid: QServe, arXiv 2405.04532.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_geta.quantization.kernels import MULTIPLIERS
+from hf_geta.quantization.weight_clips import least_squares_clip
+
+BLOCK = 32  # inputs, as in GGUF and MX
+
+
+def multiplier_unit(bits: float) -> int:
+    """What multipliers are multiples of at a width: 2^(b-4) between 1 and 16, so that code * m / unit has 8 bits."""
+    return 1 << min(max(math.ceil(bits) - 4, 0), 4)
+
+
+class Blocks(nn.Module):
+    """The multipliers of a matrix and which block each of its inputs is in.
+
+    At first inputs are in blocks as they lie. Where pruning has taken some, the rest is divided anew, so that a pruned
+    matrix has blocks of 32 inputs as they lie, too.
+
+    Args:
+        shape: of the weight, (out, in) or (in, out).
+        dim: which of the two counts inputs.
+    """
+
+    multipliers: Tensor  # uint8, the weight's shape with blocks for inputs
+    block_of: Tensor  # int32, (in,)
+
+    def __init__(self, shape: Sequence[int], dim: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("multipliers", torch.empty(tuple(shape), dtype=torch.uint8, device=device))
+        self.register_buffer("block_of", torch.empty(shape[dim], dtype=torch.int32, device=device))
+        self.reset_()
+
+    @torch.no_grad()
+    def reset_(self) -> None:
+        """All on their channel's grid, in blocks as they lie."""
+        self.block_of.copy_(as_they_lie(self.block_of))
+        shape = list(self.multipliers.shape)
+        shape[self.dim] = -(-len(self.block_of) // BLOCK)
+        self.multipliers = self.multipliers.new_full(shape, MULTIPLIERS)
+
+    def spread(self) -> Tensor:
+        """m / 16 for every weight, float32."""
+        return (self.multipliers.float() / MULTIPLIERS).index_select(self.dim, self.block_of)
+
+    def fit(self, bits: int) -> bool:
+        """Whether they are those of a packed layer of this width: of inputs as they lie, with products of 8 bits."""
+        lie = torch.equal(self.block_of, as_they_lie(self.block_of))
+        return lie and not (self.multipliers % multiplier_unit(bits)).any()
+
+    @torch.no_grad()
+    def choose_(
+        self, weight: Tensor, bits: float, importance: Tensor | None = None, kept: Tensor | None = None
+    ) -> None:
+        """The multipliers nearest to the blocks' least-squares clips at `bits`, over the largest of each channel.
+
+        Args:
+            weight: the matrix.
+            importance: as in `least_squares_clip`.
+            kept: (in,) bool; the others are removed. If some are, the kept ones are divided anew. None: all are kept.
+        """
+        if kept is not None and not kept.all():
+            order = kept.cumsum(0, dtype=torch.int32) - 1
+            self.block_of.copy_(order.clamp_(min=0) // BLOCK)
+        rows = self._rows_of_blocks(weight, kept)  # (out * blocks, 32)
+        weights = None if importance is None else self._rows_of_blocks(importance.expand_as(weight), kept)
+        clips = least_squares_clip(rows, bits, (len(rows), 1), weights)
+        clips = clips.where(rows.any(1, keepdim=True), 0).view(weight.shape[1 - self.dim], -1)  # (out, blocks)
+        unit = multiplier_unit(bits)
+        top = clips.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        chosen = (clips / top * (MULTIPLIERS // unit)).round().clamp(1, MULTIPLIERS // unit) * unit
+        chosen.masked_fill_(~(clips > 0).any(1, keepdim=True), MULTIPLIERS)  # channels of zeros
+        chosen = chosen if self.dim == 1 else chosen.t()
+        self.multipliers.fill_(MULTIPLIERS)
+        self.multipliers.narrow(self.dim, 0, chosen.shape[self.dim]).copy_(chosen)
+
+    def _rows_of_blocks(self, matrix: Tensor, kept: Tensor | None) -> Tensor:
+        """Each block as a row, filled up with zeros, channel after channel."""
+        matrix = matrix if self.dim == 1 else matrix.t()
+        matrix = matrix if kept is None else matrix[:, kept]
+        return nn.functional.pad(matrix, (0, -matrix.shape[1] % BLOCK)).reshape(-1, BLOCK)
+
+    @torch.no_grad()
+    def take_(self, dim: int, indices: Tensor) -> None:
+        """Follow a weight of which only these entries along `dim` are left."""
+        indices = indices.to(self.block_of.device)
+        if dim != self.dim:
+            self.multipliers = self.multipliers.index_select(dim, indices)
+            return
+        self.block_of = self.block_of.index_select(0, indices)
+        if torch.equal(self.block_of, as_they_lie(self.block_of)):
+            self.multipliers = self.multipliers.narrow(dim, 0, -(-len(indices) // BLOCK)).clone()
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.multipliers.shape)}, dim={self.dim}"
+
+
+def as_they_lie(block_of: Tensor) -> Tensor:
+    """0, 0, ... 1, 1, ...: the blocks of inputs that are in their first order."""
+    return torch.arange(len(block_of), dtype=block_of.dtype, device=block_of.device) // BLOCK

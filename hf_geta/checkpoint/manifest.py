@@ -97,7 +97,9 @@ class Manifest:
             ValueError: for another format version, an unknown key, or a value outside its domain.
         """
         layer_keys = [field.name for field in dataclasses.fields(LayerManifest)]
-        check_manifest(values, range(1, FORMAT_VERSION + 1), [field.name for field in dataclasses.fields(cls)], layer_keys)
+        check_manifest(
+            values, range(1, FORMAT_VERSION + 1), [field.name for field in dataclasses.fields(cls)], layer_keys
+        )
         return cls(
             shapes={name: tuple(shape) for name, shape in values.get("shapes", {}).items()},
             attributes=dict(values.get("attributes", {})),

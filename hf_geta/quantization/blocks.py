@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_geta.quantization.kernels import MULTIPLIERS
+from hf_geta.quantization.kernels import BLOCK, MULTIPLIERS, spread
 from hf_geta.quantization.weight_clips import least_squares_clip
-
-BLOCK = 32  # inputs, as in GGUF and MX
 
 
 def multiplier_unit(bits: float) -> int:
@@ -42,6 +41,7 @@ class Blocks(nn.Module):
 
     multipliers: Tensor  # uint8, the weight's shape with blocks for inputs
     block_of: Tensor  # int32, (in,)
+    lie: bool  # whether inputs are in blocks as they lie
 
     def __init__(self, shape: Sequence[int], dim: int, device: torch.device | None = None) -> None:
         super().__init__()
@@ -54,18 +54,23 @@ class Blocks(nn.Module):
     def reset_(self) -> None:
         """All on their channel's grid, in blocks as they lie."""
         self.block_of.copy_(as_they_lie(self.block_of))
+        self.lie = True
         shape = list(self.multipliers.shape)
         shape[self.dim] = -(-len(self.block_of) // BLOCK)
         self.multipliers = self.multipliers.new_full(shape, MULTIPLIERS)
 
+    @property
+    def grid(self) -> tuple[Tensor, Tensor | None]:
+        """The last arguments of `fake_quantize`."""
+        return self.multipliers, None if self.lie else self.block_of
+
     def spread(self) -> Tensor:
         """m / 16 for every weight, float32."""
-        return (self.multipliers.float() / MULTIPLIERS).index_select(self.dim, self.block_of)
+        return spread(self.multipliers.float() / MULTIPLIERS, self.dim, self.block_of, 0, len(self.block_of))
 
     def fit(self, bits: int) -> bool:
         """Whether they are those of a packed layer of this width: of inputs as they lie, with products of 8 bits."""
-        lie = torch.equal(self.block_of, as_they_lie(self.block_of))
-        return lie and not (self.multipliers % multiplier_unit(bits)).any()
+        return self.lie and not (self.multipliers % multiplier_unit(bits)).any()
 
     @torch.no_grad()
     def choose_(
@@ -81,6 +86,7 @@ class Blocks(nn.Module):
         if kept is not None and not kept.all():
             order = kept.cumsum(0, dtype=torch.int32) - 1
             self.block_of.copy_(order.clamp_(min=0) // BLOCK)
+            self.lie = False
         rows = self._rows_of_blocks(weight, kept)  # (out * blocks, 32)
         weights = None if importance is None else self._rows_of_blocks(importance.expand_as(weight), kept)
         clips = least_squares_clip(rows, bits, (len(rows), 1), weights)
@@ -107,8 +113,16 @@ class Blocks(nn.Module):
             self.multipliers = self.multipliers.index_select(dim, indices)
             return
         self.block_of = self.block_of.index_select(0, indices)
-        if torch.equal(self.block_of, as_they_lie(self.block_of)):
+        self._look()
+        if self.lie:
             self.multipliers = self.multipliers.narrow(dim, 0, -(-len(indices) // BLOCK)).clone()
+
+    def _look(self) -> None:
+        self.lie = torch.equal(self.block_of, as_they_lie(self.block_of))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._look()
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.multipliers.shape)}, dim={self.dim}"

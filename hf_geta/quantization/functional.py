@@ -61,7 +61,7 @@ def fake_quantize(
         channel_scale: positive, of shape (out, 1, ...) or (1, out): s above.
         signed: False clips x to [0, q_m] instead of [-q_m, q_m].
         multipliers: uint8, 1 ... 16, of shape (out, blocks) or (blocks, out): a block's scale is s multipliers / 16.
-        block_of: int32 (in,), the block of each input; with `multipliers`.
+        block_of: int32 (in,), the block of each input; None with `multipliers` means 32 inputs each, as they lie.
 
     Only x is kept for the backward pass. While `torch.compile` or `torch.export` traces, the same function is spelled
     in elementwise operators.
@@ -85,9 +85,7 @@ def quantize_codes(
     `(step_size * channel_scale) * k`, in float32, is `fake_quantize(x)` bit for bit; with blocks, k times the exact
     multipliers / 16 in the place of k.
     """
-    return kernels.codes(
-        x.detach(), Grid(step_size, clip_max, exponent, channel_scale, signed, multipliers, block_of)
-    )
+    return kernels.codes(x.detach(), Grid(step_size, clip_max, exponent, channel_scale, signed, multipliers, block_of))
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -116,8 +114,8 @@ def trace_fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     value = x if x.dtype == dtype else x.to(dtype)
     value = value if scale is None else value / scale
     if multipliers is not None:
-        blocks_dim = 1 if scale.shape[1] == 1 else 0
-        multipliers = (multipliers.to(dtype) / kernels.MULTIPLIERS).index_select(blocks_dim, block_of)
+        dim = 1 if scale.shape[1] == 1 else 0
+        multipliers = kernels.spread(multipliers.to(dtype) / kernels.MULTIPLIERS, dim, block_of, 0, x.shape[dim])
         value = value / multipliers
     low = -clip_max if signed else torch.zeros_like(clip_max)
     if exponent is None:
@@ -125,7 +123,7 @@ def trace_fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     else:
         # What follows t and q_m, with x a constant; then x itself, with t and q_m constants.
         clipped = torch.clamp(value.detach() if learning else value, low, clip_max)
-        power = torch.sign(clipped) * clipped.abs().clamp(min=torch.finfo(dtype).tiny) ** exponent
+        power = torch.sign(clipped) * torch.exp(exponent * clipped.abs().clamp(min=torch.finfo(dtype).tiny).log())
         if learning:
             passed = torch.clamp(value, low.detach(), clip_max.detach())
             power = power + (passed - passed.detach())

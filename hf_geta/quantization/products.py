@@ -84,9 +84,7 @@ def quantized_product(
     signed = x_grid is None or x_grid.signed
     x_scalars = (None, None) if x_grid is None else x_grid[:2]
     *weight_scalars, _, multipliers, block_of = weight_grid  # weights are signed
-    return _QuantizedProduct.apply(
-        product, signed, x, weight, bias, *x_scalars, *weight_scalars, multipliers, block_of
-    )
+    return _QuantizedProduct.apply(product, signed, x, weight, bias, *x_scalars, *weight_scalars, multipliers, block_of)
 
 
 class _QuantizedProduct(torch.autograd.Function):

@@ -92,7 +92,7 @@ class Quantizer(nn.Module):
     @property
     def grid(self) -> Grid:
         """The arguments of `fake_quantize`, in its order."""
-        blocks = (None, None) if self.blocks is None else (self.blocks.multipliers, self.blocks.block_of)
+        blocks = () if self.blocks is None else self.blocks.grid
         return Grid(self.step_size, self.clip_max, self.exponent, self.channel_scale, self.signed, *blocks)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -218,8 +218,8 @@ def _check_loaded(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None
                 raise ValueError(f"{layer_name}.{name} is not finite and positive: the file is damaged, get it again.")
         if (units := layer.units_of_blocks()) is not None and int(units.max()) > layer.highest_multiplier:
             raise ValueError(
-                f"{layer_name}.block_multipliers go past {layer.highest_multiplier}, the highest at {layer.manifest.bits} "
-                "bits: the file is damaged, get it again."
+                f"{layer_name}.block_multipliers go past {layer.highest_multiplier}, the highest at "
+                f"{layer.manifest.bits} bits: the file is damaged, get it again."
             )
 
 

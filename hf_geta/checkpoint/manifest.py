@@ -28,8 +28,8 @@ class LayerManifest:
     """One packed layer: the width of its weight, its shape as kept, its step size, and how its input is quantized.
 
     `step_size` is that of a granularity of "tensor"; those of channels are a tensor of the file, and run along
-    `channel_dim` of the shape (None: 0); so are the multipliers of a granularity of "block", which along the other
-    dimension of a matrix count blocks of 32. `shared_with` names the layer whose packed weight, step size included, this
+    `channel_dim` of the shape (None: 0); so are the multipliers of a granularity of "block", one for every 32 entries
+    along the other dimension of a matrix. `shared_with` names the layer whose packed weight, step size included, this
     one uses, where two layers share one. Step sizes are float32 numbers: Python's floats, and with them JSON, hold
     each exactly.
     """
@@ -97,9 +97,8 @@ class Manifest:
             ValueError: for another format version, an unknown key, or a value outside its domain.
         """
         layer_keys = [field.name for field in dataclasses.fields(LayerManifest)]
-        check_manifest(
-            values, range(1, FORMAT_VERSION + 1), [field.name for field in dataclasses.fields(cls)], layer_keys
-        )
+        keys = [field.name for field in dataclasses.fields(cls)]
+        check_manifest(values, range(1, FORMAT_VERSION + 1), keys, layer_keys)
         return cls(
             shapes={name: tuple(shape) for name, shape in values.get("shapes", {}).items()},
             attributes=dict(values.get("attributes", {})),

@@ -1,9 +1,9 @@
 """The weight of a packed layer: codes in memory, floats when it is read, one stream of bytes in the state dict.
 
 In the state dict, `weight` is the flat stream of codes (uint8); its scale is one number of the manifest or, per output
-channel, `step_size` (float32). With blocks of inputs, `block_multipliers` (uint8, 4 bits each) make of each code the integer
-that the step size multiplies: again of 8 bits. In the program, `layer.weight` reads as what it stands for, the decoded float weight,
-because models ask for its dtype and device.
+channel, `step_size` (float32). With blocks of inputs, `block_multipliers` (uint8, 4 bits each) make of each code the
+integer that the step size multiplies, which has 8 bits. In the program, `layer.weight` reads as what it stands for, the
+decoded float weight, because models ask for its dtype and device.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class PackedWeight(nn.Module):
     """A layer whose weight is integer codes and step sizes, and whose bias is an ordinary parameter.
 
     Buffers: `weight` uint8 (ceil(numel * bits / 8),), with a granularity of "channel" or "block" `step_size` float32
-    (out,), and with "block" `block_multipliers` uint8 (ceil(out * blocks / 2),). They keep these types whatever the model is cast to; the decoded weight and the bias follow the model. Single
-    numbers, the step sizes of a whole weight and of the input, are the manifest's. To compute in integers a layer may
-    hold them as int8 in the dense shape instead of the codes (`hold_`); its state dict is the same stream.
+    (out,), and with "block" `block_multipliers` uint8 (ceil(out * blocks / 2),). They keep these types whatever the
+    model is cast to; the decoded weight and the bias follow the model. Single numbers, the step sizes of a whole weight
+    and of the input, are the manifest's. To compute in integers a layer may hold them, as int8 in the dense shape, in
+    place of the codes (`hold_`); its state dict is the same stream.
     """
 
     channel_dim = 0  # of the dense weight

@@ -31,8 +31,8 @@ ROWS_PER_LINE = 8  # numbers in the 16 bytes that torch's grouped product aligns
 def slice_(model: nn.Module, keep: Mapping[str, Mapping[int, Tensor]]) -> None:
     """Keep only some entries of tensors, in place: tensor name -> dimension -> kept indices, int64 (kept,).
 
-    Parameters stay the same objects, so ties hold; a tied tensor is sliced once. The scales of a quantized
-    layer, per channel and block, follow its weight. Modules' own sizes (`in_features`, `nf` ...) are updated; the `groups` of a
+    Parameters stay the same objects, so ties hold; a tied tensor is sliced once. The scales of a quantized layer, per
+    channel and block, follow its weight. Modules' own sizes (`in_features`, `nf` ...) are updated; the `groups` of a
     convolution or a norm do not follow from shapes: set them with `set_attributes_`.
 
     Raises:

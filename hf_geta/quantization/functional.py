@@ -99,7 +99,7 @@ class _FakeQuantize(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *scalars, multipliers, block_of = ctx.saved_tensors
-        grid = Grid(*scalars, ctx.signed, multipliers, block_of)
+        grid = Grid._make([*scalars, ctx.signed, multipliers, block_of])
         return *kernels.backward(grad, x, grid)[1], None, None, None
 
 

@@ -204,7 +204,7 @@ def _map(function: Any, x: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
 
 
 def _local(grid: Grid, x: Tensor, order: list[int] | None) -> Grid:
-    """The grid as the cache's blocks use it: numbers on the CPU, the channel scale as a row or a column, m as floats."""
+    """The grid as blocks of the cache use it: numbers on the CPU, channel scales as a row or a column, m as floats."""
     scale, multipliers = grid.channel_scale, grid.multipliers
     if scale is not None:
         scale = (scale if order is None else scale.permute(order)).detach().flatten(1)

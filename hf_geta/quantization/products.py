@@ -127,5 +127,5 @@ class _QuantizedProduct(torch.autograd.Function):
 
 def _grids(scalars: Any, signed: bool) -> tuple[Grid | None, Grid]:
     step_size, clip_max, *weight, multipliers, block_of = scalars
-    weight_grid = Grid(*weight, multipliers=multipliers, block_of=block_of)
+    weight_grid = Grid._make([*weight, True, multipliers, block_of])
     return None if step_size is None else Grid(step_size, clip_max, signed=signed), weight_grid

@@ -41,7 +41,7 @@ NAN = float("nan")
         ({"group_sparsity": 1.0}, r"a share in \[0, 1\)"),
         ({"group_sparsity": -0.1}, r"a share in \[0, 1\)"),
         ({"group_sparsity": NAN}, r"a share in \[0, 1\)"),
-        ({"granularity": "block"}, "choose one of 'tensor', 'channel'"),
+        ({"granularity": "row"}, "choose one of 'tensor', 'channel', 'block'"),
         ({"saliency": "random"}, "choose one of 'magnitude', 'taylor', 'fisher'"),
         ({"pruning_periods": 0}, "pruning_periods=0"),
         ({"bit_reduction": 0}, "bit_reduction=0"),

@@ -34,7 +34,7 @@ def is_plain(model):
 
 
 @pytest.mark.parametrize("family", PRUNABLE)
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 def test_a_dequantized_model_is_an_ordinary_one_with_the_weights_that_the_codes_stand_for(
     family, granularity, tmp_path
 ):

@@ -24,6 +24,7 @@ from hf_geta.checkpoint.prune import slice_
 from hf_geta.compress import finalize_model, prepare_model
 from hf_geta.config import GETAConfig
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from tests.quantization.random_blocks import draw_multipliers_
 
 IDS = {"input_ids": torch.arange(12).view(2, 6)}
 PIXELS = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
@@ -131,6 +132,7 @@ def pack_(model, granularity="tensor", activation_bits=None):
     quantize_modules_(model, GETAConfig(weight_bits=(2, 16), granularity=granularity, activation_bits=widths))
     for i, layer in enumerate(quantized_layers(model).values()):
         layer.weight_quantizer.set_bits_(2 + i % 8)
+        draw_multipliers_(layer, 2 + i % 8)
         if layer.input_quantizer is not None:
             layer.input_quantizer.set_range_(3.0, activation_bits)
     return pack_model_(model)
@@ -186,7 +188,7 @@ def check_round_trip(model, inputs, path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("granularity", "activation_bits"), [("tensor", 8), ("channel", 8)])
+@pytest.mark.parametrize(("granularity", "activation_bits"), [("tensor", 8), ("channel", 8), ("block", 8)])
 def test_a_loaded_packed_model_is_the_saved_one_bit_for_bit(family, granularity, activation_bits, tmp_path):
     model, inputs = build(family)
     loaded = check_round_trip(pack_(model, granularity, activation_bits), inputs, tmp_path)
@@ -247,7 +249,7 @@ def test_layers_tied_to_one_weight_load_tied_from_one_tensor(tmp_path):
         assert sorted(file.keys()) == ["first.bias", "first.weight", "second.bias"]
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 def test_a_model_spread_over_places_computes_and_saves_the_same(granularity, tmp_path):
     model, inputs = build("llama, tied")
     pack_(model, granularity, 8).save_pretrained(tmp_path / "saved")
@@ -262,7 +264,7 @@ def test_a_model_spread_over_places_computes_and_saves_the_same(granularity, tmp
 
 
 @pytest.mark.parametrize("family", ["vit", "llama, tied", "gpt2"])
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 def test_loading_in_bfloat16_keeps_codes_and_scales(family, granularity, tmp_path):
     model, inputs = build(family)
     pack_(model, granularity, 8).save_pretrained(tmp_path)
@@ -394,7 +396,7 @@ def _rewrite_config(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=2), "format_version=2: this hf_geta reads version 1"),
+        (lambda q: q.update(format_version=3), "format_version=3: this hf_geta reads versions 1 to 2"),
         (lambda q: q["layers"].update({"vit.layers.7.mlp.fc1": ENTRY}), "has no 'vit.layers.7"),
         (lambda q: q["layers"][FC1].update(bits=40), "bits=40: widths are whole, 2 to 16"),
         (lambda q: q["layers"][FC1].update(shape=[99, 16]), "does not fit into"),

@@ -9,7 +9,7 @@ SHARDS = {"max_shard_size": "3KB"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 @pytest.mark.parametrize("options", [{}, SHARDS, {"variant": "w4"}, {**SHARDS, "variant": "w4"}])
 def test_saved_again_it_is_the_same_bytes(dtype, granularity, options, tmp_path):
     model, inputs = build("llama, tied")

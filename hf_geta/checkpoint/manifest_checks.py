@@ -38,7 +38,7 @@ def check_manifest(
     for name, layer in layers.items():
         _check_layer(f"layers: {_cut(name)}", _cut(name), layer, layer_keys)
         if layer.get("granularity") == "block" and found < 2:
-            raise ValueError(f"layers: {_cut(name)} has granularity='block', which format_version {found} does not.")
+            raise ValueError(f"layers: {_cut(name)} has granularity='block', which format_version {found} has not.")
     for name, layer in layers.items():
         if layer.get("shared_with") is not None:
             _check_sharing(name, layer, layers)

@@ -49,6 +49,8 @@ def slice_(model: nn.Module, keep: Mapping[str, Mapping[int, Tensor]]) -> None:
                 chosen[id(scale)] = (scale, {layer.channel_dim: dims[layer.channel_dim]})
             if blocks is not None:
                 following[blocks] = dims
+            if (power := layer.weight_quantizer.input_power) is not None:
+                chosen[id(power)] = (power, {dim: index for dim, index in dims.items() if power.shape[dim] > 1})
     for tensor, dims in chosen.values():
         for dim, indices in dims.items():
             tensor.data = tensor.data.index_select(dim, indices.to(tensor.device))

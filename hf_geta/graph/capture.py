@@ -22,6 +22,7 @@ from torch import fx, nn
 from hf_geta.graph.integers import Attribute, Equation
 from hf_geta.graph.recording import IntegerRecorder, trace_attributes_
 from hf_geta.graph.tracing import Trace, export, named_tensors, trace_concretely
+from hf_geta.quantization.quantizers import Quantizer
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,9 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
 
 def _capture(model: nn.Module, inputs: Mapping[str, Any], trace: Callable[..., Trace]) -> Capture:
     twin = structural_copy(model).train().eval()  # entering train mode, models forget what they computed from weights
+    for module in twin.modules():
+        if isinstance(module, Quantizer):
+            module.blocks = None  # which inputs share a multiplier ties no groups: what is left is divided anew
     recorder = IntegerRecorder()
     attributes = trace_attributes_(twin, recorder.equalities)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), recorder:

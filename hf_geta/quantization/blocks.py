@@ -70,6 +70,7 @@ class Blocks(nn.Module):
 
     def fit(self, bits: int) -> bool:
         """Whether they are those of a packed layer of this width: of inputs as they lie, with products of 8 bits."""
+        self._look()
         return self.lie and not (self.multipliers % multiplier_unit(bits)).any()
 
     @torch.no_grad()
@@ -112,13 +113,14 @@ class Blocks(nn.Module):
         if dim != self.dim:
             self.multipliers = self.multipliers.index_select(dim, indices)
             return
-        self.block_of = self.block_of.index_select(0, indices)
-        self._look()
-        if self.lie:
-            self.multipliers = self.multipliers.narrow(dim, 0, -(-len(indices) // BLOCK)).clone()
+        self.block_of, self.lie = self.block_of.index_select(0, indices), False
 
     def _look(self) -> None:
+        """Find out whether inputs lie in order, which takes their numbers; then no block is left without inputs."""
         self.lie = torch.equal(self.block_of, as_they_lie(self.block_of))
+        if self.lie:
+            blocks = -(-len(self.block_of) // BLOCK)
+            self.multipliers = self.multipliers.narrow(self.dim, 0, blocks).contiguous()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

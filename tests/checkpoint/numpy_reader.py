@@ -20,6 +20,8 @@ def read_weights(folder):
         else:
             along = [-1 if dim == layer.get("channel_dim", 0) else 1 for dim in range(len(layer["shape"]))]
             step_size = tensors[f"{owner}.step_size"].view("<f4").reshape(along)
+        if layer.get("granularity") == "block":
+            integers *= multipliers(tensors[f"{owner}.block_multipliers"], layer["shape"], layer.get("channel_dim", 0))
         weights[name] = step_size * integers.astype(np.float32)
     return weights
 
@@ -35,6 +37,14 @@ def read_tensors(folder):
             start, end = header[name]["data_offsets"]
             tensors[name] = np.frombuffer(content[8 + length + start : 8 + length + end], np.uint8)
     return tensors
+
+
+def multipliers(stream, shape, channel_dim):
+    """Numbers of 4 bits, one less than the multiplier of 32 inputs of a channel, for every entry of a matrix."""
+    inputs = 1 - channel_dim
+    blocks = [-(-size // 32) if dim == inputs else size for dim, size in enumerate(shape)]
+    numbers = (decode(stream, 4, blocks) & 15) + 1
+    return np.repeat(numbers, 32, axis=inputs)[: shape[0], : shape[1]]
 
 
 def decode(stream, bits, shape):

@@ -16,6 +16,7 @@ from hf_geta.checkpoint.layers import BACKENDS, PackedLayer, set_backend_
 from hf_geta.checkpoint.pack import pack_layer, pack_model_
 from hf_geta.config import GETAConfig
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from tests.quantization.random_blocks import draw_multipliers_
 
 needs_kernel = pytest.mark.skipif(
     not integer.has_integer_kernel(torch.int8),
@@ -47,6 +48,7 @@ def packed_layer(kind, bits, granularity="tensor", activation_bits=8, signed=Tru
     quantize_modules_(model, GETAConfig(weight_bits=(2, 16), activation_bits=widths, granularity=granularity))
     (layer,) = quantized_layers(model).values()
     layer.weight_quantizer.set_bits_(bits)
+    draw_multipliers_(layer, bits)
     if activation_bits is not None:
         layer.input_quantizer.set_range_(2.0, activation_bits, signed=signed)
     if layer.bias is not None:
@@ -77,7 +79,7 @@ def check_close(packed, x, y, reference):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 @pytest.mark.parametrize(("activation_bits", "signed"), [(None, True), (8, True), (8, False), (5, True), (7, False)])
 @torch.no_grad()
 def test_every_backend_is_the_reference_up_to_rounding(kind, granularity, activation_bits, signed):

@@ -21,6 +21,7 @@ from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
 from hf_geta.graph.build import build_qadg
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from tests.quantization.random_blocks import draw_multipliers_
 
 REFUSALS = (ValueError, OSError, RuntimeError, SafetensorError)
 IDS = {"input_ids": torch.arange(12).view(2, 6)}
@@ -50,7 +51,7 @@ def _quiet():
     transformers.logging.set_verbosity(previous)
 
 
-@pytest.fixture(scope="module", params=["tensor", "channel"])
+@pytest.fixture(scope="module", params=["tensor", "channel", "block"])
 def checkpoint(request, tmp_path_factory):
     """A pruned, packed GPT-2 with an attribute that followed and quantized inputs: its folder and its logits."""
     torch.manual_seed(0)
@@ -61,6 +62,7 @@ def checkpoint(request, tmp_path_factory):
     quantize_modules_(model, GETAConfig(weight_bits=(2, 16), granularity=request.param, activation_bits=(8, 8)))
     for i, layer in enumerate(quantized_layers(model).values()):
         layer.weight_quantizer.set_bits_(3 + i)
+        draw_multipliers_(layer, 3 + i)
         layer.input_quantizer.set_range_(3.0, 8)
     folder = tmp_path_factory.mktemp("checkpoint")
     pack_model_(model).save_pretrained(folder)
@@ -145,7 +147,7 @@ def test_flipped_and_cut_bytes_are_refused_or_load(checkpoint, name, data, tmp_p
 LAYER = "transformer.h.0.mlp.c_fc"
 
 
-@pytest.mark.parametrize("checkpoint", ["channel"], indirect=True)
+@pytest.mark.parametrize("checkpoint", ["block"], indirect=True)
 @pytest.mark.parametrize(
     ("tensor", "change", "message"),
     [
@@ -158,6 +160,7 @@ LAYER = "transformer.h.0.mlp.c_fc"
         ("step_size", lambda t: -t, "is not finite and positive"),
         ("step_size", lambda t: 0 * t, "is not finite and positive"),
         ("weight", lambda t: t.view(torch.int8), "only other codes .uint8. can replace"),
+        ("block_multipliers", lambda t: t | 0xF0, "block_multipliers go past 8, the highest at 5 bits"),
     ],
 )
 def test_packed_tensors_that_the_format_does_not_have_are_refused(checkpoint, tensor, change, message, tmp_path):

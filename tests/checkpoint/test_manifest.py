@@ -60,6 +60,16 @@ def test_a_manifest_survives_json_and_is_these_values():
     assert Manifest.from_dict(json.loads(json.dumps(values))) == manifest
 
 
+def test_only_what_has_blocks_is_of_version_2():
+    manifest = Manifest(layers={"z": LayerManifest(4, (3, 40), "block"), "y": LayerManifest(4, (3, 4), "channel")})
+    values = manifest.to_dict()
+    assert values["format_version"] == 2
+    assert values["layers"]["z"] == {"bits": 4, "shape": [3, 40], "granularity": "block"}
+    assert Manifest.from_dict(json.loads(json.dumps(values))) == manifest
+    assert manifest.layers["z"].block_shape == (3, 2)
+    assert LayerManifest(4, (40, 3), "block", channel_dim=1).block_shape == (2, 3)
+
+
 def test_a_step_size_may_be_written_as_a_whole_number():
     layer = Manifest.from_dict({"layers": {"a": _layer(step_size=10**30)}}).layers["a"]
     assert isinstance(layer.step_size, float)
@@ -82,7 +92,10 @@ def test_a_model_of_another_quantization_method_is_refused(model):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format_version": 2}, "format_version=2: this hf_geta reads version 1; .* pip install --upgrade hf_geta"),
+        (
+            {"format_version": 3},
+            "format_version=3: this hf_geta reads versions 1 to 2; .* pip install --upgrade hf_geta",
+        ),
         ({"format_version": "1"}, "format_version='1': "),
         ({"format_version": True}, "format_version=True: "),
         ({"blocks": {}}, "quantization_config has no blocks; its keys are attributes, format_version, layers"),
@@ -147,6 +160,18 @@ def test_a_model_of_another_quantization_method_is_refused(model):
             "layers: a is shared_with 'b', which holds no such weight",
         ),
         ({"shapes": {"a": list(range(10**6))}}, r"a has shape \[0, 1, 2, 3, 4, 5, \.\.\.\]"),
+        (
+            {"layers": {"a": _layer(granularity="block", step_size=None)}},
+            "layers: a has granularity='block', which format_version 1 has not",
+        ),
+        (
+            {"format_version": 2, "layers": {"a": _layer(granularity="block", step_size=None, shape=[4, 8, 1])}},
+            r"a has granularity='block', which matrices have, and shape \[4, 8, 1\]",
+        ),
+        (
+            {"format_version": 2, "layers": {"a": _layer(granularity="block", step_size=None, channel_dim=2)}},
+            "a has granularity='block', which matrices have",
+        ),
         ({"layers": {"a": _layer(granularity="row")}}, "layers: a has granularity='row': it is one of"),
         ({"layers": {"a": _layer(zero_point=3)}}, "layers: a has no zero_point; its keys are"),
         (

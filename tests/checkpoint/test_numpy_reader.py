@@ -21,6 +21,7 @@ from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers
 from tests.checkpoint.numpy_reader import decode, read_weights
+from tests.quantization.random_blocks import draw_multipliers_
 
 
 class TwinConfig(PreTrainedConfig):
@@ -45,7 +46,7 @@ MODELS = {
         LlamaConfig(
             vocab_size=32,
             hidden_size=16,
-            intermediate_size=24,
+            intermediate_size=72,
             num_hidden_layers=8,
             num_attention_heads=2,
             num_key_value_heads=1,
@@ -62,7 +63,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 @pytest.mark.parametrize("shard_size", ["1GB", "2KB"])
 def test_a_few_lines_of_numpy_read_the_weights_that_the_library_runs_with(kind, granularity, shard_size, tmp_path):
     torch.manual_seed(0)
@@ -71,6 +72,7 @@ def test_a_few_lines_of_numpy_read_the_weights_that_the_library_runs_with(kind, 
     for i, layer in enumerate(quantized_layers(model).values()):
         if layer.weight_quantizer.bits > 15.9:  # not yet set, through a layer that shares it
             layer.weight_quantizer.set_bits_(2 + i % 15)
+            draw_multipliers_(layer, 2 + i % 15)
     pack_model_(model).save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "2KB" and kind != "shared")
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}

@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_geta.checkpoint import packing
-from hf_geta.checkpoint.packing import pack_codes, packed_bytes, unpack_codes, unpack_narrow
+from hf_geta.checkpoint.packing import (
+    pack_codes,
+    pack_multipliers,
+    packed_bytes,
+    unpack_codes,
+    unpack_multipliers,
+    unpack_narrow,
+)
 
 WIDTHS = range(2, 17)
 
@@ -87,3 +94,11 @@ def test_a_stream_of_the_wrong_length_or_type_is_refused():
         unpack_codes(torch.zeros(3, dtype=torch.uint8), 4, 3)
     with pytest.raises(ValueError, match="not float32"):
         unpack_codes(torch.zeros(2), 4, 3)
+
+
+def test_two_multipliers_are_a_byte_and_one_less_each():
+    multipliers = torch.tensor([1, 16, 8, 9, 2], dtype=torch.uint8)
+    packed = pack_multipliers(multipliers)
+    assert packed.tolist() == [0xF0, 0x87, 0x01]
+    assert unpack_multipliers(packed, 5).tolist() == multipliers.tolist()
+    assert unpack_multipliers(packed, 5).dtype == torch.int8

@@ -77,7 +77,7 @@ def test_a_loaded_pruned_model_can_be_pruned_again(family, tmp_path):
     torch.testing.assert_close(family.outputs(loaded), family.outputs(twice), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 def test_quantized_model_has_the_axes_of_the_float_model_and_the_same_law(family, granularity):
     model = family.copy()
     quantize_modules_(model, GETAConfig(weight_bits=(4, 8), activation_bits=(4, 8), granularity=granularity))

@@ -74,7 +74,13 @@ def train(model, optimizer, steps):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"granularity": "channel", "saliency": "fisher"}, {"saliency": "magnitude"}, {"saliency": "mix"}],
+    [
+        {},
+        {"granularity": "channel", "saliency": "fisher"},
+        {"granularity": "block"},
+        {"saliency": "magnitude"},
+        {"saliency": "mix"},
+    ],
 )
 def test_every_width_stays_inside_its_bounds_and_exactly_the_asked_groups_go(name, changes):
     config = GETAConfig.from_dict(CONFIG.to_dict() | changes)

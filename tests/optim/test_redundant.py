@@ -25,7 +25,7 @@ def test_chunks_hold_every_entry_once_and_no_more_than_the_bound(most, monkeypat
             assert torch.equal(torch.cat([piece.index for piece in pieces if piece.segment == segment]), index)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 def test_a_run_in_small_chunks_ends_as_one_in_large(granularity, monkeypatch):
     """Sums in another order, in float32; a gamma that is off by more would show."""
     config = GETAConfig(**{**CONFIG.to_dict(), "granularity": granularity})

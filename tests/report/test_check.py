@@ -72,7 +72,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_was_saved_holds_for_tied_grouped_and_convolutional_models(family, granularity, tmp_path):
     torch.manual_seed(0)

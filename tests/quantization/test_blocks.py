@@ -1,0 +1,204 @@
+"""Laws of blocks: each rounds as a matrix of its own, on a grid that is its channel's times m / 16."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_geta.checkpoint.layers import set_backend_
+from hf_geta.checkpoint.pack import pack_layer
+from hf_geta.checkpoint.prune import slice_
+from hf_geta.config import GETAConfig
+from hf_geta.quantization import kernels
+from hf_geta.quantization.blocks import Blocks, as_they_lie, multiplier_unit
+from hf_geta.quantization.functional import fake_quantize, quantize_codes, trace_fake_quantize
+from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from hf_geta.quantization.weight_clips import least_squares_clip
+from tests.quantization.random_blocks import draw_multipliers_
+
+INPUTS = 70  # two whole blocks and a part of one
+
+
+def make(transposed=False, bits=4, dtype=torch.float64):
+    """A weight, (6, 70) or (70, 6), and a quantizer's d, q_m, t, s with entries inside and beyond the clip."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, INPUTS, generator=generator, dtype=dtype)
+    scale = torch.rand(6, 1, generator=generator, dtype=dtype) + 0.5
+    multipliers = torch.randint(1, 17, (6, 3), generator=generator, dtype=torch.uint8)
+    if transposed:
+        x, scale, multipliers = x.t().contiguous(), scale.t(), multipliers.t()
+    clip_max, t = torch.tensor(1.1, dtype=dtype), torch.tensor(1.3, dtype=dtype)
+    grid = [clip_max**t / (2 ** (bits - 1) - 1), clip_max, t, scale]
+    return x.requires_grad_(), [tensor.clone().requires_grad_() for tensor in grid], multipliers
+
+
+def rounded(function, x, grid, multipliers, block_of=None):
+    if function == "fused":
+        return fake_quantize(x, *grid, True, multipliers, block_of)
+    return trace_fake_quantize(x, kernels.Grid(*grid, True, multipliers, block_of))
+
+
+@pytest.fixture(params=[10**6, 100])
+def cache(request, monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK_NUMEL", request.param)
+
+
+@pytest.mark.parametrize("function", ["fused", "traced"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("order", ["in order", "divided anew", "of another memory order"])
+def test_a_block_rounds_as_a_matrix_of_its_own(function, transposed, order, cache):
+    x, grid, multipliers = make(transposed)
+    dim = 0 if transposed else 1
+    if order == "of another memory order":
+        x = x.detach().t().contiguous().t().requires_grad_()
+    block_of = as_they_lie(torch.zeros(INPUTS, dtype=torch.int32))
+    if order == "divided anew":
+        block_of = torch.randint(0, 3, (INPUTS,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    value = rounded(function, x, grid, multipliers, block_of if order == "divided anew" else None)
+    alone = torch.zeros_like(x)
+    for block in range(3):
+        inputs = (block_of == block).nonzero().squeeze(1)
+        *scalars, scale = grid
+        own = fake_quantize(x.index_select(dim, inputs), *scalars, scale * multipliers.narrow(dim, block, 1) / 16)
+        alone = alone.index_add(dim, inputs, own)
+    torch.testing.assert_close(value, alone, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    for found, expected in zip(
+        torch.autograd.grad((value * upstream).sum(), [x, *grid]),
+        torch.autograd.grad((alone * upstream).sum(), [x, *grid]),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_codes_times_multipliers_decode_to_the_fake_quantized_values_bit_for_bit(transposed, cache):
+    x, grid, multipliers = make(transposed, dtype=torch.float32)
+    codes = quantize_codes(x, *grid, True, multipliers)
+    dim = 0 if transposed else 1
+    exact = codes * multipliers.float().repeat_interleave(32, dim).narrow(dim, 0, INPUTS) / 16
+    assert torch.equal((grid[0] * grid[3]) * exact, fake_quantize(x, *grid, True, multipliers))
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(INPUTS, 6), lambda: Conv1D(6, INPUTS)])
+def test_a_layer_with_blocks_is_the_product_of_what_is_rounded(build):
+    torch.manual_seed(0)
+    model = nn.Sequential(build())
+    quantize_modules_(model, GETAConfig(weight_bits=(4, 8), activation_bits=(8, 8), granularity="block"))
+    (layer,) = quantized_layers(model).values()
+    layer.weight_quantizer.set_bits_(4)
+    layer.input_quantizer.set_range_(2.0, 8)
+    draw_multipliers_(layer, 4)
+    x = torch.randn(5, INPUTS)
+    value = layer(x)
+    weight = layer.weight_quantizer(layer.weight)
+    product = layer._apply_weight(layer.input_quantizer(x), weight)
+    torch.testing.assert_close(value, product, rtol=0, atol=0)
+    learned = list(layer.parameters())
+    upstream = torch.randn(value.shape)
+    for found, expected in zip(
+        torch.autograd.grad((value * upstream).sum(), learned),
+        torch.autograd.grad((product * upstream).sum(), learned),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+def test_what_a_layer_holds_has_no_more_bits_than_8_or_its_codes(bits):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(INPUTS, 40))
+    quantize_modules_(model, GETAConfig(weight_bits=(2, 16), granularity="block"))
+    (layer,) = quantized_layers(model).values()
+    layer.weight_quantizer.set_bits_(bits)
+    draw_multipliers_(layer, bits)
+    packed = pack_layer(layer)
+    largest = int(packed.integers().abs().max())
+    assert largest <= max(127, 2 ** (bits - 1) - 1)
+    assert largest > 100 or bits < 4
+    assert torch.equal(packed.weight, layer.weight_quantizer(layer.weight))
+    codes = packed.codes()
+    packed.hold_(as_int8=bits <= 8)
+    assert torch.equal(packed.codes(), codes)
+
+
+def test_multipliers_of_a_wide_code_are_coarse():
+    assert [multiplier_unit(bits) for bits in (2, 4, 4.1, 5, 6, 7, 8, 16)] == [1, 1, 2, 2, 4, 8, 16, 16]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_get_the_clips_of_their_own_in_sixteenths_of_the_largest(transposed):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(5, 96, generator=generator) * 2 - 1
+    weight[:, 32:64] /= 4
+    weight[2, 64:] = 0
+    weight[3] = 0
+    blocks = Blocks(weight.t().shape if transposed else weight.shape, 0 if transposed else 1)
+    blocks.choose_(weight.t() if transposed else weight, 4)
+    chosen = blocks.multipliers.t() if transposed else blocks.multipliers
+    clips = least_squares_clip(weight.reshape(15, 32), 4, (15, 1)).view(5, 3)
+    for channel in (0, 1, 4):
+        expected = (clips[channel] / clips[channel].max() * 16).round()
+        assert torch.equal(chosen[channel].float(), expected)
+        assert chosen[channel].max() == 16
+        assert 3 <= chosen[channel, 1] <= 5
+    assert chosen[2, 2] == 1  # no weight, no clip
+    assert chosen[3].tolist() == [16, 16, 16]
+
+
+def test_at_4_bits_blocks_lose_less_than_their_channel():
+    """Of a weight with inputs of very different sizes, as embeddings and outliers leave them."""
+    torch.manual_seed(0)
+    sizes = torch.logspace(-1, 1, 128).repeat_interleave(2)
+    errors = {}
+    for granularity in ("channel", "block"):
+        model = nn.Sequential(nn.Linear(256, 16))
+        model[0].weight.data = torch.randn(16, 256, generator=torch.Generator().manual_seed(1)) * sizes
+        quantize_modules_(model, GETAConfig(weight_bits=(4, 4), granularity=granularity))
+        quantizer, weight = model[0].weight_quantizer, model[0].weight
+        quantizer.move_clips_(weight, 16, 4)
+        quantizer.set_bits_(4)
+        errors[granularity] = float((quantizer(weight) - weight).detach().square().sum())
+    assert errors["block"] < 0.5 * errors["channel"]
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(INPUTS, 6), lambda: Conv1D(6, INPUTS)])
+def test_inputs_that_are_left_are_divided_anew_and_then_lie_in_order(build):
+    torch.manual_seed(0)
+    model = nn.Sequential(build())
+    quantize_modules_(model, GETAConfig(weight_bits=(4, 4), granularity="block"))
+    (layer,) = quantized_layers(model).values()
+    quantizer, dim = layer.weight_quantizer, 1 - layer.channel_dim
+    kept = torch.rand(INPUTS, generator=torch.Generator().manual_seed(1)) < 0.7
+    quantizer.move_clips_(layer.weight, 16, 4, kept)
+    quantizer.set_bits_(4)
+    assert not quantizer.blocks.fit(4)
+    before = quantizer(layer.weight).index_select(dim, kept.nonzero().squeeze(1))
+    again = nn.Sequential(build())
+    quantize_modules_(again, GETAConfig(weight_bits=(4, 4), granularity="block"))
+    again.load_state_dict(model.state_dict())  # a resumed run knows how they lie
+    for each in (model, again):
+        slice_(each, {"0.weight": {dim: kept.nonzero().squeeze(1)}})
+        quantizer = each[0].weight_quantizer
+        assert quantizer.blocks.fit(4)
+        assert quantizer.blocks.multipliers.shape[dim] == 2
+        assert torch.equal(quantizer(each[0].weight), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_layer_runs_on_integers_with_blocks(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(INPUTS, 6))
+    quantize_modules_(model, GETAConfig(weight_bits=(4, 4), activation_bits=(8, 8), granularity="block"))
+    (layer,) = quantized_layers(model).values()
+    layer.weight_quantizer.set_bits_(4)
+    layer.input_quantizer.set_range_(2.0, 8)
+    draw_multipliers_(layer, 4)
+    packed = nn.Sequential(pack_layer(layer)).to(dtype)
+    x = torch.randn(5, INPUTS, dtype=dtype)
+    set_backend_(packed, "auto")
+    assert packed[0]._fits_integers or not torch.cpu._is_vnni_supported()
+    value = packed(x)
+    set_backend_(packed, "reference")
+    torch.testing.assert_close(value, packed(x), rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.02)
+    assert packed[0]._buffers["block_multipliers"].dtype == torch.uint8

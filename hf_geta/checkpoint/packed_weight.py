@@ -15,9 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_geta.checkpoint.manifest import LayerManifest
-from hf_geta.checkpoint.packing import MULTIPLIER_BITS, pack_codes, packed_bytes, unpack_multipliers, unpack_narrow
+from hf_geta.checkpoint.packing import (
+    MULTIPLIER_BITS,
+    pack_codes,
+    packed_bytes,
+    unpack_codes,
+    unpack_multipliers,
+    unpack_narrow,
+)
 from hf_geta.quantization.blocks import BLOCK, multiplier_unit
 from hf_geta.quantization.kernels import MULTIPLIERS
+
+SCALES = ("step_size", "block_multipliers")  # buffers
 
 
 class _Decoded(NamedTuple):
@@ -91,7 +100,7 @@ class PackedWeight(nn.Module):
             return self._empty_stream("meta")
         if torch.compiler.is_compiling():
             return self._decode()
-        scales = (self._buffers.get(name) for name in ("step_size", "block_multipliers"))
+        scales = (self._buffers.get(name) for name in SCALES)
         sources = (stored, *(scale for scale in scales if scale is not None))
         if self._decoded is not None and self._decoded.is_current(sources, self.weight_dtype):
             return self._decoded.weight
@@ -148,6 +157,15 @@ class PackedWeight(nn.Module):
     def integers(self) -> Tensor:
         """What `step_sizes` multiplies, int32, in the dense shape: the codes or, with blocks, their multiples."""
         return self._integers().to(torch.int32)
+
+    def dense_codes(self) -> Tensor:
+        """The codes as int32, in the dense shape."""
+        return unpack_codes(self.codes(), self.manifest.bits, math.prod(self.manifest.shape)).view(self.manifest.shape)
+
+    def block_step_sizes(self) -> Tensor | None:
+        """What multiplies the codes of each block, float32, (out, blocks) or (blocks, out); None without blocks."""
+        units = self.units_of_blocks()
+        return None if units is None else self.step_sizes() * units
 
     def step_sizes(self) -> Tensor:
         """d, float32: () of the whole weight, or one per output channel, shaped to multiply `integers`."""

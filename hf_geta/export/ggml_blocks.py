@@ -23,7 +23,7 @@ def block_type(codes: NDArray[np.int32], step_sizes: NDArray[np.float32], bits: 
 
     Args:
         codes: (rows, columns).
-        step_sizes: (rows,).
+        step_sizes: (rows,), or one per block, (rows, columns / 32).
     """
     halves = step_sizes.astype(np.float16).astype(np.float32)
     fits = bool(np.all(np.abs(halves - step_sizes) <= HALF_ROUNDING * step_sizes))
@@ -35,7 +35,8 @@ def block_type(codes: NDArray[np.int32], step_sizes: NDArray[np.float32], bits: 
 def to_blocks(codes: NDArray[np.int32], step_sizes: NDArray[np.float32], kind: str) -> NDArray[np.uint8]:
     """The bytes of the rows, uint8 (rows, bytes of a row), for what `block_type` found; arguments as there."""
     rows, columns = codes.shape
-    scales = np.repeat(step_sizes.astype("<f2"), columns // BLOCK).reshape(-1, 1).view(np.uint8)  # (blocks, 2)
+    by_block = np.broadcast_to(step_sizes.reshape(rows, -1), (rows, columns // BLOCK))
+    scales = np.ascontiguousarray(by_block, dtype="<f2").reshape(-1, 1).view(np.uint8)  # (blocks, 2)
     blocks = codes.reshape(-1, BLOCK)
     if kind == "Q8_0":
         parts = [scales, blocks.astype(np.int8).view(np.uint8)]

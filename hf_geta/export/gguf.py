@@ -7,19 +7,19 @@ are Llama's with sizes of their own; `llama` reads those of the first layer only
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hf_geta.checkpoint.layers import PackedLayer
-from hf_geta.checkpoint.packing import unpack_codes
 from hf_geta.export.ggml_blocks import BLOCK, block_type, to_blocks
 from hf_geta.export.gguf_vocabulary import add_vocabulary
 from hf_geta.export.plain import float_tensors, leave_inputs_in_float_, packed_weights
@@ -125,20 +125,19 @@ def _add_tensors(writer: gguf.GGUFWriter, model: LlamaForCausalLM, shapes: Seque
         values = _arranged(name, tensor, shapes).float().numpy()
         data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
         if layer := packed.get(name):
-            codes, step_sizes = (_arranged(name, part, shapes).numpy() for part in _codes(layer))
+            codes, step_sizes = _arranged(name, layer.dense_codes(), shapes).numpy(), _step_sizes(layer, name, shapes)
             if block := block_type(codes, step_sizes, layer.manifest.bits):
                 kind, data = block, to_blocks(codes, step_sizes, block)
         target = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         writer.add_tensor(target, data, raw_dtype=gguf.GGMLQuantizationType[kind])
 
 
-def _codes(layer: PackedLayer) -> tuple[Tensor, Tensor]:
-    """Codes int32 (out, in) and step sizes float32 (out,)."""
-    manifest = layer.manifest
-    codes = unpack_codes(layer.codes(), manifest.bits, math.prod(manifest.shape)).view(manifest.shape)
-    if manifest.step_size is None:
-        return codes, layer.get_buffer("step_size")
-    return codes, torch.full(manifest.shape[:1], manifest.step_size)
+def _step_sizes(layer: PackedLayer, name: str, shapes: Sequence[_LayerShape]) -> NDArray[np.float32]:
+    """Those of rows, (out,), or of their blocks, (out, blocks): ours are ggml's, 32 inputs as they lie."""
+    by_block = layer.block_step_sizes()
+    if by_block is None:
+        return _arranged(name, layer.step_sizes().reshape(-1).expand(layer.manifest.shape[0]), shapes).numpy()
+    return (by_block if "down_proj" in name else _arranged(name, by_block, shapes)).numpy()
 
 
 def _arranged(name: str, tensor: Tensor, shapes: Sequence[_LayerShape]) -> Tensor:

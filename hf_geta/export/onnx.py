@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_geta.checkpoint.models import first_line
 from hf_geta.export.plain import packed_weights
-from hf_geta.export.qdq import OPSET, spell_in_qdq_
+from hf_geta.export.qdq import BITS_OF_INT4, OPSET, spell_in_qdq_
 from hf_geta.graph.capture import structural_copy
 from hf_geta.graph.example_inputs import example_inputs
 from hf_geta.graph.tracing import float_tensors, only_tensors_returned, quiet_torch
@@ -33,7 +33,6 @@ FILE = "model.onnx"
 # By default onnxruntime rounds the float inputs of int4 and int8 weights to 8 bits, on its own account, and on x86
 # processors without VNNI saturates sums of two products of bytes.
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "1", "session.x64quantprecision": "1"}
-BITS_OF_INT4 = 4
 # Two programs add float32 numbers in different orders. Where inputs are rounded, that moves codes by one and outputs by
 # percents: as much as a change of all floats of the model by their own rounding does, which is measured.
 TOLERANCE, CHANGE, ALLOWED_CHANGES = 1e-4, 1e-6, 4
@@ -136,7 +135,10 @@ def _pack_(model: onnx_ir.Model, narrow: Iterable[str]) -> None:
 
 
 def _add_zero_points_(graph: onnx_ir.Graph) -> None:
-    """Write the zero points of weights out, though 0 is what ONNX takes: onnxruntime to 1.26 forgets their type."""
+    """Write the zero points of weights out, though 0 is what ONNX takes: onnxruntime to 1.26 forgets their type.
+
+    Each weight has its own: 1.32 writes them anew, beside the weight, and stops where it finds one a second time.
+    """
     import numpy as np
     import onnx_ir
 
@@ -146,10 +148,10 @@ def _add_zero_points_(graph: onnx_ir.Graph) -> None:
         assert weight.dtype is not None
         assert step_size is not None
         assert step_size.shape is not None
-        shape = step_size.shape.numpy()
-        name = "_".join(map(str, ("zero_point", weight.dtype.name.lower(), *shape)))
+        name = f"{weight.name}.zero_point"
         if name not in graph.initializers:
-            zeros = onnx_ir.Tensor(np.zeros(shape, weight.dtype.numpy()), dtype=weight.dtype, name=name)
+            numbers = np.zeros(step_size.shape.numpy(), weight.dtype.numpy())
+            zeros = onnx_ir.Tensor(numbers, dtype=weight.dtype, name=name)
             graph.register_initializer(onnx_ir.Value(name=name, const_value=zeros))
         node.resize_inputs(3)
         node.replace_input_with(2, graph.initializers[name])

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.manifest import read_manifest
 from hf_geta.checkpoint.models import first_line
+from hf_geta.checkpoint.packed_weight import SCALES
 from hf_geta.graph.example_inputs import example_inputs
 from hf_geta.graph.fields import ConfigFields, Dim, agrees_with, format_path
 from hf_geta.graph.tracing import named_tensors
@@ -72,7 +73,7 @@ def packed_weights(model: PreTrainedModel) -> dict[str, PackedLayer]:
 def float_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict of the float model: packed weights decoded."""
     packed = packed_weights(model)
-    scales = {f"{name.removesuffix('weight')}step_size" for name in packed}
+    scales = {f"{name.removesuffix('weight')}{scale}" for name in packed for scale in SCALES}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in scales}
     stacked = {f"{name}.weight": name for name in stacked_layers(model)}
     return {

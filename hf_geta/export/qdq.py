@@ -1,6 +1,7 @@
 """Packed layers in ONNX's own words, QDQ: integers that are dequantized, inputs that are quantized and dequantized.
 
     weight = DequantizeLinear(integers, step_size)                       int4 to 4 bits, int8 to 8, int16 to 16
+                                                                         up to 4 bits with the layer's blocks
     input  = DequantizeLinear(QuantizeLinear(Clip(x, low * d, high * d), d, zero), d, zero)
 
 Clip, because a code of b bits ends at 2^(b-1) - 1, and ONNX's types elsewhere. Signed inputs of up to 8 bits are uint8
@@ -10,7 +11,6 @@ it stops at GPT-2's reshapes (it changes the zero point's type and not that of t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,21 +18,28 @@ import torch
 from torch import Tensor, nn
 
 from hf_geta.checkpoint.layers import PackedLayer
-from hf_geta.checkpoint.packing import highest_code, unpack_codes
+from hf_geta.checkpoint.packing import highest_code
+from hf_geta.quantization.blocks import BLOCK
 
-OPSET = 21  # the first with int4 and int16
+OPSET = 21  # the first with int4, int16 and blocks
+BITS_OF_INT4 = 4
 
 
 def spell_in_qdq_(model: nn.Module) -> None:
     """Give packed layers a forward that the ONNX exporter writes in QDQ; torch itself cannot compute it any more.
 
-    Their buffer `weight` becomes the integers in the dense shape: int8, or int16 for widths above 8.
+    Their buffer `weight` becomes the integers in the dense shape: int8, or int16 for widths above 8. Up to 4 bits these
+    are the codes; of wider layers with blocks they are what the channel's step size multiplies.
     """
     layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
     for layer in layers:
         manifest = layer.manifest
         if not layer.shared_with:
-            integers = unpack_codes(layer.codes(), manifest.bits, math.prod(manifest.shape)).view(manifest.shape)
+            integers = layer.integers()
+            if (by_block := layer.block_step_sizes()) is not None:
+                if manifest.bits <= BITS_OF_INT4:
+                    integers, layer._buffers["step_size"] = layer.dense_codes(), by_block
+                del layer._buffers["block_multipliers"]
             layer._buffers["weight"] = integers.to(torch.int8 if manifest.bits <= 8 else torch.int16)
             if manifest.step_size is not None:
                 layer.register_buffer("step_size", torch.tensor(manifest.step_size, dtype=torch.float32))
@@ -55,8 +62,10 @@ class _QDQLayer(PackedLayer):
         integers, step_size = self._buffers["weight"], self._buffers["step_size"]
         assert integers is not None
         assert step_size is not None
-        axis = {"axis": self.channel_dim} if step_size.ndim else {}
-        return _emit("DequantizeLinear", (integers, step_size), torch.float32, integers.shape, **axis)
+        along = {"axis": self.channel_dim} if step_size.ndim else {}
+        if step_size.ndim == 2:
+            along = {"axis": self.manifest.block_dim, "block_size": BLOCK}
+        return _emit("DequantizeLinear", (integers, step_size), torch.float32, integers.shape, **along)
 
     def forward(self, input: Tensor) -> Tensor:
         """The dense layer's output, its input quantized and dequantized where activations are."""

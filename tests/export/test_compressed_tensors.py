@@ -19,12 +19,15 @@ from hf_geta.optim.widths import WidthTable
 from hf_geta.quantization.layers import quantized_layers
 from tests.export.families import halved, make_model, prepared
 from tests.export.test_dense import load_in_a_fresh_process, logits
+from tests.quantization.random_blocks import draw_multipliers_
 
 ROUNDED = {"activation_bits": (8, 8), "share_inputs": True}
 # family, changes of its config, of GETA's
 MODELS = {
     "weights": ("llama", {}, {}),
     "inputs": ("llama", {}, ROUNDED),
+    "blocks": ("llama", {"hidden_size": 64}, {"granularity": "block"}),  # 12 hidden units are left: no whole block
+    "blocks, inputs": ("llama", {"hidden_size": 64}, ROUNDED | {"granularity": "block"}),
     "unsigned": ("vit", {"hidden_act": "relu"}, ROUNDED | {"granularity": "channel"}),
 }
 
@@ -35,6 +38,7 @@ def set_widths(model, allowed=(2, 3, 4, 5, 6, 8)):
     for layer in quantized_layers(model).values():
         bits = torch.tensor([float(rng.choice(allowed))])
         WidthTable([layer.weight_quantizer]).project_(bits, bits)
+        draw_multipliers_(layer, float(bits))
 
 
 def make_compressed(family, changes, values):
@@ -66,7 +70,7 @@ def test_the_formats_own_package_computes_the_same_without_this_one(exported):
     assert found["hf_geta"] is False
     for name, model in models.items():
         inputs, after = torch.load(root / name / "inputs.pt"), torch.load(root / name / "outputs.pt")
-        same, rounds_inputs = copy.deepcopy(model), MODELS[name][2] != {}
+        same, rounds_inputs = copy.deepcopy(model), "activation_bits" in MODELS[name][2]
         for layer in packed_weights(same).values() if rounds_inputs else ():
             if isinstance(layer, PackedLinear):
                 round_inputs_to_bytes_(layer)
@@ -99,6 +103,24 @@ def test_widths_go_up_to_4_or_8_bits_and_layers_of_one_product_have_one(exported
     assert set(stored.values()) == {4, 8}
     assert written["format"] == "pack-quantized"
     assert written["ignore"] == ["lm_head"]
+
+
+def test_blocks_of_4_bits_are_groups_where_they_fill_rows(exported):
+    root, models, _ = exported
+    layers = models["blocks"].config.quantization_config["layers"]
+    written = json.loads((root / "blocks" / "exported" / "config.json").read_text())["quantization_config"]
+    tensors = load_file(root / "blocks" / "exported" / "model.safetensors")
+    stored = {name: group["weights"] for group in written["config_groups"].values() for name in group["targets"]}
+    assert {weights["strategy"] for weights in stored.values()} == {"group", "channel"}
+    for name, weights in stored.items():
+        rows, columns = layers[name]["shape"]
+        if weights["strategy"] == "group":
+            assert (weights["num_bits"], weights["group_size"], layers[name]["bits"] <= 4) == (4, 32, True)
+            assert tensors[f"{name}.weight_scale"].shape == (rows, columns // 32)
+        else:
+            assert weights["num_bits"] == 8
+            assert tensors[f"{name}.weight_scale"].shape == (rows, 1)
+    assert all(stored[name]["strategy"] == "channel" for name in stored if "down_proj" in name)
 
 
 def test_inputs_at_8_bits_stay_rounded_signed_or_not(exported):

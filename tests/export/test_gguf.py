@@ -17,6 +17,7 @@ from hf_geta.export.ggml_blocks import HALF_ROUNDING, block_type, to_blocks
 from hf_geta.export.gguf import write_gguf
 from hf_geta.quantization.layers import quantized_layers
 from tests.export.families import make_model
+from tests.quantization.random_blocks import draw_multipliers_
 
 IDS = {"input_ids": torch.arange(24).view(2, 12)}
 VALUES = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "bos_token_id": 1}
@@ -34,6 +35,7 @@ def exported(model, folder, removed=(), granularity="channel", dtype="auto"):
     model.geta.qadg.zero_(model, {axis: list(range(count)) for axis, count in removed})
     for i, layer in enumerate(quantized_layers(model).values()):
         layer.weight_quantizer.set_bits_(2 + i % 8)
+        draw_multipliers_(layer, 2 + i % 8)
     finalize_model(model).save_pretrained(folder)
     export_checkpoint(folder, folder / "gguf", "gguf", dtype)
     return load_model(folder).eval(), gguf.GGUFReader(folder / "gguf" / "model.gguf")
@@ -63,7 +65,7 @@ def test_what_no_block_holds_stays_in_float(bits, columns, step_size):
     assert block_type(codes, np.full(2, step_size, dtype=np.float32), bits) is None
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 def test_transformers_reads_the_file_as_the_model_that_was_exported(tmp_path, granularity):
     model, reader = exported(llama(tie_word_embeddings=granularity == "channel"), tmp_path, granularity=granularity)
     assert value(reader, "general.architecture") == "llama"
@@ -74,9 +76,10 @@ def test_transformers_reads_the_file_as_the_model_that_was_exported(tmp_path, gr
     assert (logits - expected).norm() <= 14 * HALF_ROUNDING * expected.norm()
 
 
-def test_layers_of_different_sizes_are_a_deci_model_with_a_size_per_layer(tmp_path):
+@pytest.mark.parametrize("granularity", ["channel", "block"])
+def test_layers_of_different_sizes_are_a_deci_model_with_a_size_per_layer(tmp_path, granularity):
     removed = [("model.layers.1.self_attn.kv_groups", 1), ("model.layers.1.mlp.hidden", 40)]
-    model, reader = exported(llama(), tmp_path, removed)
+    model, reader = exported(llama(), tmp_path, removed, granularity)
     assert value(reader, "general.architecture") == "deci"
     assert value(reader, "deci.attention.head_count") == [8, 6]
     assert value(reader, "deci.attention.head_count_kv") == [4, 3]
@@ -95,8 +98,9 @@ def test_layers_of_different_sizes_are_a_deci_model_with_a_size_per_layer(tmp_pa
         assert not read[:, columns:].any()
 
 
-def test_rotated_pairs_are_neighbours(tmp_path):
-    model, reader = exported(llama(), tmp_path)
+@pytest.mark.parametrize("granularity", ["channel", "block"])
+def test_rotated_pairs_are_neighbours(tmp_path, granularity):
+    model, reader = exported(llama(), tmp_path, granularity=granularity)
     tensors = {one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in reader.tensors}
     for name, part in (
         ("attn_q", model.model.layers[1].self_attn.q_proj),

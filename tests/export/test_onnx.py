@@ -16,18 +16,27 @@ from hf_geta.export.plain import packed_weights
 from hf_geta.graph.example_inputs import example_inputs
 from hf_geta.quantization.layers import quantized_layers
 from tests.export.families import make_model
+from tests.quantization.random_blocks import draw_multipliers_
 
 # granularity, widths of the inputs
-CASES = {"vit": ("channel", 8), "bert": ("tensor", 4), "resnet": ("channel", None), "llama": ("tensor", None)}
+CASES = {
+    "vit": ("channel", 8),
+    "bert": ("tensor", 4),
+    "resnet": ("channel", None),
+    "llama": ("tensor", None),
+    "llama with blocks": ("block", None),
+    "gpt2 with blocks": ("block", 8),
+}
 
 
 def compressed(family, folder, **values):
     """A checkpoint with some groups of every axis gone and weights of 2 to 9 bits."""
-    model = make_model(family)
+    model = make_model(family.partition(" ")[0])
     prepare_model(model, GETAConfig(weight_bits=(2, 9), **values), example_inputs(model))
     model.geta.qadg.zero_(model, {axis.name: [0] for axis in model.geta.qadg.axes})
     for i, layer in enumerate(quantized_layers(model).values()):
         layer.weight_quantizer.set_bits_(2 + i % 8)
+        draw_multipliers_(layer, 2 + i % 8)
     finalize_model(model).save_pretrained(folder)
 
 

@@ -298,7 +298,7 @@ def _weight_quantizer(
         shape = tuple(size if dim == channel_dim else 1 for dim, size in enumerate(weight.shape))
     widths = "quantize_embeddings" if is_embedding else "weight_bits"
     blocks = None
-    if config.granularity == "block" and weight.ndim == 2 and not is_embedding:
+    if config.granularity == "block" and weight.ndim == 2 and weight.shape[channel_dim] > 1 and not is_embedding:
         blocks = Blocks(weight.shape, 1 - channel_dim, weight.device)
     quantizer = Quantizer(shape, device=weight.device, widths=widths, blocks=blocks)
     quantizer.initialize_(weight, config.initial_bits)

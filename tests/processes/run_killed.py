@@ -29,7 +29,9 @@ SIZES = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "i
 IMAGES = {"image_size": 28, "patch_size": 7, "num_channels": 1, "num_labels": 10}
 STEPS, SAVE_STEPS = 40, 3
 TARGETS = {
-    "share": GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=4),
+    "share": GETAConfig(
+        group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=4, granularity="block"
+    ),
     "budget": GETAConfig(target_bops=0.01, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=4),
 }
 

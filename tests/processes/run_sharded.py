@@ -36,7 +36,7 @@ from runs import leave_processes
 STEPS, GLOBAL_BATCH = 30, 8
 RESUMED_STEP = 12  # inside a pruning period
 SHARE = GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=3)
-PER_CHANNEL = GETAConfig(**{**SHARE.to_dict(), "granularity": "channel", "saliency": "mix"})
+PER_BLOCK = GETAConfig(**{**SHARE.to_dict(), "granularity": "block", "saliency": "mix"})
 BUDGET = GETAConfig(target_bops=0.01, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=3)
 EMBEDDINGS = GETAConfig(**{**SHARE.to_dict(), "quantize_embeddings": 8})
 
@@ -73,7 +73,7 @@ def texts(generator):
 # name -> (model, batches, targets, which modules are cut by themselves)
 MODELS = {
     "vit": (vit, images, SHARE, "vit.layers"),
-    "channel": (vit, images, PER_CHANNEL, "vit.layers"),
+    "block": (vit, images, PER_BLOCK, "vit.layers"),
     "budget": (vit, images, BUDGET, "vit.layers"),
     "llama": (llama, texts, EMBEDDINGS, "model.layers"),
     "resnet": (resnet, images, SHARE, "resnet.encoder.stages"),

@@ -58,29 +58,39 @@ def _value_times_gradient(parameter: nn.Parameter) -> Tensor | None:
     return None if gradient is None else local(parameter).float() * gradient.float()
 
 
-def normalize_by_kind(scores: Tensor, kinds: Sequence[str], sizes: Sequence[int]) -> Tensor:
-    """Divide every score by the mean score of its kind, so that heads, hidden units and channels rank together."""
+# How a score grows with the number of a group's entries where they are alike: a norm with its root.
+GROWTH = {"magnitude": 0.5, "taylor": 1.0, "fisher": 1.0}
+
+
+def mean_size_by_kind(entries: Tensor, kinds: Sequence[str], sizes: Sequence[int]) -> Tensor:
+    """How many entries the groups of each group's kind have in the mean, (num_groups,).
+
+    Args:
+        entries: (num_groups,) how many each has.
+        kinds, sizes: of the axes, in order.
+    """
     kind_of_axis = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
-    owner = torch.tensor([kind_of_axis[kind] for kind in kinds], dtype=torch.int64, device=scores.device)
-    owner = owner.repeat_interleave(torch.tensor(list(sizes), dtype=torch.int64, device=scores.device))
-    total = scores.new_zeros(len(kind_of_axis)).index_add_(0, owner, scores)
-    mean = total / torch.bincount(owner, minlength=len(kind_of_axis))
-    return scores / mean.clamp_min(torch.finfo(scores.dtype).tiny)[owner]
+    owner = torch.tensor([kind_of_axis[kind] for kind in kinds], dtype=torch.int64, device=entries.device)
+    owner = owner.repeat_interleave(torch.tensor(list(sizes), dtype=torch.int64, device=entries.device))
+    total = entries.new_zeros(len(kind_of_axis)).index_add_(0, owner, entries)
+    return (total / torch.bincount(owner, minlength=len(kind_of_axis)))[owner]
 
 
-def mix(
-    scores: Mapping[str, Tensor], weights: Mapping[str, float], axis_kinds: Sequence[str], axis_sizes: Sequence[int]
-) -> Tensor:
-    """The mean of several scores, each normalized by kind of axis, so that none counts more for its unit.
+def mix(scores: Mapping[str, Tensor], weights: Mapping[str, float], kind_sizes: Tensor) -> Tensor:
+    """The mean of several scores per entry, each divided by its mean, so that none counts more for its unit.
+
+    Within a kind of axis groups rank by what they cost; across kinds by what an entry costs, since a head is as large
+    as hundreds of hidden units.
 
     Args:
         scores: name -> (num_groups,).
         weights: name -> part of the mean, 0 or more; they need not add up to 1.
+        kind_sizes: `mean_size_by_kind`.
     """
     total = sum(weights.values())
-    parts = [
-        weight / total * normalize_by_kind(scores[name], axis_kinds, axis_sizes)
-        for name, weight in weights.items()
-        if weight > 0
-    ]
+    parts = []
+    for name, weight in weights.items():
+        if weight > 0:
+            part = scores[name] / kind_sizes ** GROWTH[name]
+            parts.append(weight / total * part / part.mean().clamp_min(torch.finfo(part.dtype).tiny))
     return torch.stack(parts).sum(0)

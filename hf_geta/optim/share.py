@@ -34,6 +34,7 @@ class Share:
 
     Attributes:
         scores: (kinds, num_groups) saliency, summed over steps; a decision leaves `memory` of it to the next one.
+        kind_sizes: (num_groups,) how large the groups of each group's kind are in the mean.
         ceilings: None: the schedule alone bounds the widths.
 
     Raises:
@@ -56,6 +57,8 @@ class Share:
         self.observed = saliency.observed_kinds(config.saliency)
         self.scores = torch.zeros(len(self.observed), space.num_groups, device=widths.signed.device)
         self.memory = saliency.memory(schedule)
+        entries = space.entries_per_group().to(self.scores.device)
+        self.kind_sizes = saliency.mean_size_by_kind(entries, space.axis_kinds, space.axis_sizes)
 
     def observe(self) -> None:
         """Add what the present gradients say; no host sync."""
@@ -82,7 +85,7 @@ class Share:
             weights = dict(zip(MIXED_SALIENCIES, config.saliency_weights or (1, 1, 1), strict=True))
         if "magnitude" in weights:
             scores["magnitude"] = saliency.magnitude(self.space)
-        return saliency.mix(scores, weights, self.space.axis_kinds, self.space.axis_sizes)
+        return saliency.mix(scores, weights, self.kind_sizes)
 
     def final_bits(self, removed: Tensor) -> Tensor:
         """The allowed width nearest to each quantizer's own, (quantizers,)."""

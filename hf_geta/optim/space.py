@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -135,6 +136,16 @@ class PruningSpace:
             if len(positions):
                 owned.append((local(self.parameters[grouped.parameter]), grouped.dim, positions))
         return owned
+
+    def entries_per_group(self) -> Tensor:
+        """How many entries of parameters each group has, (num_groups,) float32; a shared one counts for both."""
+        total = torch.zeros(self.num_groups + 1, device=self.dims[0].group_ids.device if self.dims else None)
+        for grouped in self.dims:
+            shape = self.parameters[grouped.parameter].shape
+            size = math.prod(shape) / shape[grouped.dim]
+            ids = grouped.group_ids % (self.num_groups + 1)
+            total.index_add_(0, ids, torch.full(ids.shape, size, device=ids.device))
+        return total[:-1]
 
     def flags_along_dims(self, groups: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """(position in `parameters`, dim, (size,) bool): which entries of each dimension the flagged groups own."""

@@ -4,16 +4,27 @@ import pytest
 import torch
 
 from hf_geta.config_checks import MIXED_SALIENCIES, SALIENCIES
-from hf_geta.optim.saliency import REMEMBERED_STEPS, memory, mix, normalize_by_kind, observe, observed_kinds
+from hf_geta.optim.saliency import GROWTH, REMEMBERED_STEPS, mean_size_by_kind, memory, mix, observe, observed_kinds
 from hf_geta.optim.schedule import Schedule
 
 
-def test_normalization_makes_kinds_comparable():
-    scores = torch.tensor([100.0, 300.0, 1.0, 3.0])
-    assert normalize_by_kind(scores, ["head", "mlp"], [2, 2]).tolist() == pytest.approx([0.5, 1.5, 0.5, 1.5])
+def test_kinds_rank_by_what_an_entry_costs_and_groups_of_a_kind_by_what_they_cost():
+    """Two heads of 100 entries, two hidden units of 1 and 3: of all, a head costs most and an entry of it least."""
+    kind_sizes = mean_size_by_kind(torch.tensor([100.0, 100.0, 1.0, 3.0]), ["head", "mlp"], [2, 2])
+    assert kind_sizes.tolist() == [100, 100, 2, 2]
+    for name in ("taylor", "fisher"):
+        ranking = mix({name: torch.tensor([90.0, 210.0, 2.0, 2.1])}, {name: 1.0}, kind_sizes)
+        assert ranking.argsort().tolist() == [0, 2, 3, 1]
+    ranking = mix({"magnitude": torch.tensor([9.0, 11.0, 1.3, 1.5])}, {"magnitude": 1.0}, kind_sizes)
+    assert ranking.argsort().tolist() == [0, 2, 3, 1]
 
 
-KINDS, SIZES = ["head", "mlp"], [3, 5]
+KIND_SIZES = torch.tensor([9.0] * 3 + [2.0] * 5)
+
+
+def per_entry(scores, name):
+    value = scores[name] / KIND_SIZES ** GROWTH[name]
+    return value / value.mean()
 
 
 def random_scores():
@@ -25,23 +36,22 @@ def random_scores():
 def test_a_mix_of_one_is_that_one(name):
     scores = random_scores()
     weights = dict.fromkeys(MIXED_SALIENCIES, 0) | {name: 7}
-    assert torch.equal(mix(scores, weights, KINDS, SIZES), normalize_by_kind(scores[name], KINDS, SIZES))
+    assert torch.equal(mix(scores, weights, KIND_SIZES), per_entry(scores, name))
 
 
 def test_a_mix_does_not_depend_on_the_units_of_its_parts():
     scores = random_scores()
     scaled = {name: scores[name] * factor for name, factor in zip(scores, (1e-6, 1.0, 1e4), strict=True)}
     weights = dict(zip(scores, (1, 2, 3), strict=True))
-    assert torch.allclose(mix(scores, weights, KINDS, SIZES), mix(scaled, weights, KINDS, SIZES))
+    assert torch.allclose(mix(scores, weights, KIND_SIZES), mix(scaled, weights, KIND_SIZES))
 
 
 def test_a_mix_is_the_weighted_mean_of_its_normalized_parts():
     scores = random_scores()
     expected = sum(
-        weight / 4 * normalize_by_kind(scores[name], KINDS, SIZES)
-        for name, weight in zip(MIXED_SALIENCIES, (1, 1, 2), strict=True)
+        weight / 4 * per_entry(scores, name) for name, weight in zip(MIXED_SALIENCIES, (1, 1, 2), strict=True)
     )
-    assert torch.allclose(mix(scores, dict(zip(MIXED_SALIENCIES, (1, 1, 2), strict=True)), KINDS, SIZES), expected)
+    assert torch.allclose(mix(scores, dict(zip(MIXED_SALIENCIES, (1, 1, 2), strict=True)), KIND_SIZES), expected)
 
 
 def test_a_step_adds_the_size_of_its_first_order_term_and_its_square():
@@ -57,7 +67,8 @@ def test_a_batch_that_overflowed_adds_nothing():
 
 
 def test_a_space_without_groups_has_no_scores():
-    assert normalize_by_kind(torch.zeros(0), [], []).shape == (0,)
+    sizes = mean_size_by_kind(torch.zeros(0), [], [])
+    assert mix({"fisher": torch.zeros(0)}, {"fisher": 1.0}, sizes).shape == (0,)
 
 
 @pytest.mark.parametrize("period_steps", [1, 3, 10, REMEMBERED_STEPS, 500])

@@ -61,7 +61,7 @@ FAMILIES = {
         GptOssConfig(**SIZES, num_local_experts=EXPERTS, sliding_window=6)
     ),
 }
-CONFIG = {"weight_bits": [4, 8], "activation_bits": [8, 8], "initial_bits": 8, "granularity": "channel"}
+CONFIG = {"weight_bits": [4, 8], "activation_bits": [8, 8], "initial_bits": 8, "granularity": "block"}
 PROMPTS = torch.tensor([[5, 9, 33, 2, 17], [1, 60, 8, 8, 40]])
 TOKENS = PROMPTS.numel()
 

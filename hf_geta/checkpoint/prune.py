@@ -50,7 +50,7 @@ def slice_(model: nn.Module, keep: Mapping[str, Mapping[int, Tensor]]) -> None:
             if blocks is not None:
                 following[blocks] = dims
             if (power := layer.weight_quantizer.input_power) is not None:
-                chosen[id(power)] = (power, {dim: index for dim, index in dims.items() if power.shape[dim] > 1})
+                chosen[id(power)] = (power, _of_broadcast(power, layer.weight, dims))
     for tensor, dims in chosen.values():
         for dim, indices in dims.items():
             tensor.data = tensor.data.index_select(dim, indices.to(tensor.device))
@@ -59,6 +59,12 @@ def slice_(model: nn.Module, keep: Mapping[str, Mapping[int, Tensor]]) -> None:
         for dim, indices in dims.items():
             blocks.take_(dim, indices)
     _update_sizes_(model)
+
+
+def _of_broadcast(tensor: Tensor, weight: Tensor, dims: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """What is kept of a tensor that broadcasts to a weight, whose last dimensions are its own."""
+    first = weight.ndim - tensor.ndim
+    return {dim - first: kept for dim, kept in dims.items() if dim >= first and tensor.shape[dim - first] > 1}
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ def trace_fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     value = x if x.dtype == dtype else x.to(dtype)
     value = value if scale is None else value / scale
     if multipliers is not None:
-        dim = 1 if scale.shape[1] == 1 else 0
+        dim = kernels.other_dim(scale, x)
         multipliers = kernels.spread(multipliers.to(dtype) / kernels.MULTIPLIERS, dim, block_of, 0, x.shape[dim])
         value = value / multipliers
     low = -clip_max if signed else torch.zeros_like(clip_max)

@@ -61,7 +61,7 @@ def backward(
         at = _at(local, rows, source[rows])
         sums.append(_backward_block(source[rows], upstream[rows], at, grad_x[rows], kept_rows))
     value = None if kept is None else _unflatten(kept, x, order)
-    return value, (_unflatten(grad_x, x, order), *_gather(sums, grid, local))
+    return value, (_unflatten(grad_x, x, order), *_gather(sums, grid, local, source))
 
 
 def _backward_block(x: Tensor, grad: Tensor, grid: Grid, grad_x: Tensor, kept: Tensor | None) -> list[Tensor | None]:
@@ -88,7 +88,7 @@ def _backward_block(x: Tensor, grad: Tensor, grid: Grid, grad_x: Tensor, kept: T
         exponent_sum = _dot(log.mul_(power), g)
     if scale is not None:
         error = torch.sub(quantized, x, out=_scratch(4, x)).mul_(g).addcmul_(beyond, x)
-        scale_sum = error.sum(_other_dim(scale))
+        scale_sum = error.sum(other_dim(scale, x))
     clip_sum = _dot(beyond, power)
     step_sum = _dot(g, power.sub_(quantized)).neg_()
     if grad_x.dtype == g.dtype:
@@ -98,7 +98,7 @@ def _backward_block(x: Tensor, grad: Tensor, grid: Grid, grad_x: Tensor, kept: T
     return [step_sum, clip_sum, exponent_sum, scale_sum]
 
 
-def _gather(sums: list[list[Tensor | None]], grid: Grid, local: Grid) -> tuple[Tensor | None, ...]:
+def _gather(sums: list[list[Tensor | None]], grid: Grid, local: Grid, flat: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of d, q_m, t and s from the blocks' sums."""
     if not sums:  # an empty x
         return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in grid[:4])
@@ -107,7 +107,7 @@ def _gather(sums: list[list[Tensor | None]], grid: Grid, local: Grid) -> tuple[T
     if grid.exponent is not None:
         grad_clip, grad_exponent = grad_clip * grid.exponent, sum(exponent)
     if grid.channel_scale is not None:
-        total = torch.cat(scale) if _other_dim(local.channel_scale) == 1 else sum(scale)
+        total = torch.cat(scale) if other_dim(local.channel_scale, flat) == 1 else sum(scale)
         grad_scale = total.view_as(grid.channel_scale) / grid.channel_scale
     return grad_step, grad_clip, grad_exponent, grad_scale
 
@@ -229,7 +229,7 @@ def _at(grid: Grid, rows: slice, like: Tensor) -> Grid:
     scale, multipliers = grid.channel_scale, grid.multipliers
     if scale is None:
         return grid
-    if multipliers is not None and _other_dim(scale) == 1:
+    if multipliers is not None and other_dim(scale, like) == 1:
         multipliers = spread(multipliers[rows], 1, grid.block_of, 0, like.shape[1])
     elif multipliers is not None:
         block_of = None if grid.block_of is None else grid.block_of[rows]
@@ -250,8 +250,10 @@ def spread(multipliers: Tensor, dim: int, block_of: Tensor | None, start: int, l
     return numbers.narrow(dim, start - first * BLOCK, length)
 
 
-def _other_dim(scale: Tensor) -> int:
-    """The dimension that a row or column of channel scales does not index."""
+def other_dim(scale: Tensor, x: Tensor) -> int:
+    """The dimension of a matrix that its row or column of channel scales does not index, of a single channel too."""
+    if scale.shape[0] == scale.shape[1]:  # 1
+        return 1 if x.shape[1] > 1 else 0
     return 1 if scale.shape[1] == 1 else 0
 
 

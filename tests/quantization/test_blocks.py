@@ -202,3 +202,24 @@ def test_a_packed_layer_runs_on_integers_with_blocks(dtype):
     set_backend_(packed, "reference")
     torch.testing.assert_close(value, packed(x), rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.02)
     assert packed[0]._buffers["block_multipliers"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(INPUTS, 6), lambda: Conv1D(6, INPUTS)])
+def test_a_single_output_that_is_left_keeps_its_blocks(build):
+    torch.manual_seed(0)
+    model = nn.Sequential(build())
+    quantize_modules_(model, GETAConfig(weight_bits=(4, 4), granularity="block"))
+    (layer,) = quantized_layers(model).values()
+    layer.weight_quantizer.set_bits_(4)
+    draw_multipliers_(layer, 4)
+    kept = torch.tensor([2])
+    before = layer.weight_quantizer(layer.weight).index_select(layer.channel_dim, kept)
+    slice_(model, {"0.weight": {layer.channel_dim: kept}, "0.bias": {0: kept}})
+    weight, grid = layer.weight.detach(), layer.weight_quantizer.grid
+    grid = grid._replace(channel_scale=grid.channel_scale.detach().requires_grad_())
+    gradients = []
+    for value in (fake_quantize(weight, *grid), trace_fake_quantize(weight, grid)):
+        assert torch.equal(value, before)
+        gradients += torch.autograd.grad(value.sum(), [grid.channel_scale])
+    torch.testing.assert_close(*gradients)
+    assert torch.equal(pack_layer(layer).weight, before)

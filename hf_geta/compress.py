@@ -293,6 +293,5 @@ def _round_widths_(model: nn.Module, config: GETAConfig, read: Callable[[Tensor]
         logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
     for quantizer, weight, width in zip(table.quantizers, numbered.weights, final.tolist(), strict=True):
         if quantizer.blocks is not None and weight is not None and not quantizer.blocks.fit(width):
-            quantizer.blocks.reset_()
-            quantizer.blocks.choose_(read(weight), width, quantizer.input_power)
+            quantizer.move_clips_(read(weight), width, width)
     table.project_(final, final)

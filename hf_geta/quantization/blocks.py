@@ -84,10 +84,11 @@ class Blocks(nn.Module):
             importance: as in `least_squares_clip`.
             kept: (in,) bool; the others are removed. If some are, the kept ones are divided anew. None: all are kept.
         """
-        if kept is not None and not kept.all():
+        self.block_of.copy_(as_they_lie(self.block_of))
+        self.lie = kept is None or bool(kept.all())
+        if kept is not None and not self.lie:
             order = kept.cumsum(0, dtype=torch.int32) - 1
             self.block_of.copy_(order.clamp_(min=0) // BLOCK)
-            self.lie = False
         rows = self._rows_of_blocks(weight, kept)  # (out * blocks, 32)
         weights = None if importance is None else self._rows_of_blocks(importance.expand_as(weight), kept)
         clips = least_squares_clip(rows, bits, (len(rows), 1), weights)

@@ -146,6 +146,22 @@ def test_blocks_get_the_clips_of_their_own_in_sixteenths_of_the_largest(transpos
     assert chosen[3].tolist() == [16, 16, 16]
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_next_choice_forgets_which_inputs_the_last_one_kept(dim):
+    """As in a run that begins anew with a model that an earlier one has pruned."""
+    weight = torch.randn(INPUTS, 6, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, INPUTS)[:, None]
+    weight = weight if dim == 0 else weight.t()
+    kept = torch.arange(INPUTS) % 3 > 0
+    blocks, fresh = Blocks(weight.shape, dim), Blocks(weight.shape, dim)
+    for again in (None, torch.ones(INPUTS, dtype=torch.bool), kept.flip(0)):
+        blocks.choose_(weight, 4, kept=kept)
+        assert not blocks.lie
+        blocks.choose_(weight, 4, kept=again)
+        fresh.choose_(weight, 4, kept=again)
+        assert torch.equal(blocks.spread(), fresh.spread())
+        assert blocks.fit(4) == (again is None or bool(again.all()))
+
+
 def test_at_4_bits_blocks_lose_less_than_their_channel():
     """Of a weight with inputs of very different sizes, as embeddings and outliers leave them."""
     torch.manual_seed(0)

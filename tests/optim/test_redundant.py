@@ -5,7 +5,10 @@ import torch
 
 from hf_geta import GETAConfig, create_optimizer
 from hf_geta.optim import redundant
+from hf_geta.quantization.layers import quantized_layers
+from tests.optim import test_block_runs
 from tests.optim.test_qasso import CONFIG, TOTAL_STEPS, prepared, train
+from tests.quantization.random_blocks import draw_multipliers_
 
 
 @pytest.mark.parametrize("most", [1, 3, 10, 100])
@@ -40,3 +43,28 @@ def test_a_run_in_small_chunks_ends_as_one_in_large(granularity, monkeypatch):
         ended.append(model.state_dict())
     for name, expected in ended[0].items():
         torch.testing.assert_close(ended[1][name], expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", test_block_runs.FAMILIES)
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
+def test_what_is_forgotten_of_an_entry_is_what_its_layer_rounds_it_to(family, granularity, monkeypatch):
+    """Q(x) = c + d r, of all entries of the groups, in chunks that end inside of a segment."""
+    monkeypatch.setattr(redundant, "CHUNK_ENTRIES", 1000)
+    values = {**test_block_runs.CONFIG.to_dict(), "granularity": granularity}
+    model, optimizer = test_block_runs.started(family, GETAConfig(**values))
+    for layer in quantized_layers(model).values():
+        layer.weight_quantizer.set_bits_(4)
+        layer.weight_quantizer.log_exponent.data.fill_(0.2)
+        draw_multipliers_(layer, 4)
+    groups = torch.ones(optimizer.space.num_groups, dtype=torch.bool)
+    entries = redundant.RedundantEntries.build(optimizer.space, groups, optimizer.widths, optimizer.quantizer_rows)
+    rounded = dict(zip(optimizer.space.parameters, optimizer.space.parameters, strict=True))
+    rounded |= {layer.weight: layer.weight_quantizer(layer.weight) for layer in quantized_layers(model).values()}
+    assert any(layer.weight in entries.parameters for layer in quantized_layers(model).values())
+    for chunk, before in zip(entries.chunks, entries.gather(), strict=True):
+        clipped, residual = chunk.split_quantized(before, entries.grids())
+        found = clipped + chunk._spread_rows(entries.grids().step_size) * residual
+        expected = torch.cat([rounded[entries.parameters[p.segment]].take(p.index) for p in chunk.pieces])
+        # u / d of float32 logarithms may round to the other side of a tie
+        differ = ~torch.isclose(found, expected, rtol=1e-4, atol=1e-6)
+        assert differ.float().mean() < 1e-3

@@ -19,7 +19,11 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 SHAPE = {**SIZES, "image_size": 8, "patch_size": 4, "num_channels": 1}
 PERIODS = 4
 WIDTHS = {"weight_bits": [3, 6], "activation_bits": [4, 8], "pruning_periods": PERIODS}
-TARGETS = {"share": {"group_sparsity": 0.5, **WIDTHS}, "budget": {"target_bops": 0.02, **WIDTHS}}
+TARGETS = {
+    "share": {"group_sparsity": 0.5, **WIDTHS},
+    "blocks": {"group_sparsity": 0.5, "granularity": "block", **WIDTHS},
+    "budget": {"target_bops": 0.02, **WIDTHS},
+}
 
 
 class Messages(TorchDispatchMode):
@@ -91,7 +95,9 @@ def test_a_run_sends_what_its_plan_says_however_long_it_is(name, plans, many_pro
     for steps in (40, 80):
         preparation, forward, bucket, in_steps = messages_of_a_run(TARGETS[name], steps)
         assert bucket == plan.gradients + plan.quantizer_gradients
-        assert forward == [("broadcast", plan.buffers)]
+        assert {kind for kind, _ in forward} == {"broadcast"}
+        assert len(forward) == (3 if name == "blocks" else 1)  # one of each dtype
+        assert sum(size for _, size in forward) == plan.buffers
         assert sum(size for kind, size in preparation if kind == "allreduce") == plan.calibration
         *decisions, final = in_steps
         assert {kind for kind, _ in in_steps} == {"broadcast"}

@@ -99,13 +99,16 @@ def test_half_precision_is_rounded_in_float32(function, transposed, dtype, cache
 
 
 @pytest.mark.parametrize("build", [lambda: nn.Linear(INPUTS, 6), lambda: Conv1D(6, INPUTS)])
-def test_a_layer_with_blocks_is_the_product_of_what_is_rounded(build):
+@pytest.mark.parametrize("order", ["in order", "divided anew"])
+def test_a_layer_with_blocks_is_the_product_of_what_is_rounded(build, order):
     torch.manual_seed(0)
     model = nn.Sequential(build())
     quantize_modules_(model, GETAConfig(weight_bits=(4, 8), activation_bits=(8, 8), granularity="block"))
     (layer,) = quantized_layers(model).values()
     layer.weight_quantizer.set_bits_(4)
     layer.input_quantizer.set_range_(2.0, 8)
+    if order == "divided anew":
+        layer.weight_quantizer.blocks.choose_(layer.weight, 4, kept=torch.arange(INPUTS) % 3 > 0)
     draw_multipliers_(layer, 4)
     x = torch.randn(5, INPUTS)
     value = layer(x)

@@ -265,18 +265,19 @@ def test_a_model_spread_over_places_computes_and_saves_the_same(granularity, tmp
 
 @pytest.mark.parametrize("family", ["vit", "llama, tied", "gpt2"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
-def test_loading_in_bfloat16_keeps_codes_and_scales(family, granularity, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loading_in_half_precision_keeps_codes_and_scales(family, granularity, dtype, tmp_path):
     model, inputs = build(family)
     pack_(model, granularity, 8).save_pretrained(tmp_path)
-    loaded = load(model, tmp_path, dtype=torch.bfloat16)
+    loaded = load(model, tmp_path, dtype=dtype)
     for name, tensor in model.state_dict().items():
         kept = tensor.dtype == torch.uint8 or name.endswith("step_size")
-        assert loaded.state_dict()[name].dtype == (tensor.dtype if kept else torch.bfloat16), name
+        assert loaded.state_dict()[name].dtype == (tensor.dtype if kept else dtype), name
         assert not kept or torch.equal(loaded.state_dict()[name], tensor)
     assert read_manifest(loaded) == read_manifest(model)
     if "pixel_values" in inputs:
-        inputs = {"pixel_values": inputs["pixel_values"].bfloat16()}
-    assert torch.equal(logits(loaded, inputs), logits(model.to(torch.bfloat16), inputs))
+        inputs = {"pixel_values": inputs["pixel_values"].to(dtype)}
+    assert torch.equal(logits(loaded, inputs), logits(model.to(dtype), inputs))
 
 
 def test_a_pruned_model_loads_in_bfloat16_throughout(tmp_path):
@@ -418,10 +419,10 @@ def test_a_config_that_does_not_fit_the_file_is_refused(change, message, tmp_pat
         type(model).from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("tensor", ["weight", "step_size"])
+@pytest.mark.parametrize("tensor", ["weight", "step_size", "block_multipliers"])
 def test_a_file_that_lacks_a_packed_tensor_is_refused(tensor, tmp_path):
     model, _ = build("bert")
-    pack_(model, "channel").save_pretrained(tmp_path)
+    pack_(model, "block").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     del tensors[f"bert.pooler.dense.{tensor}"]

@@ -10,13 +10,14 @@ from hf_geta.checkpoint.layers import PackedConv1D, PackedConv2d, PackedLinear
 from hf_geta.checkpoint.pack import pack_layer
 from hf_geta.config import GETAConfig
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from tests.quantization.random_blocks import draw_multipliers_
 
 LAYERS = {
     "linear": (lambda: nn.Linear(7, 5), (3, 7), PackedLinear),
-    "linear without bias": (lambda: nn.Linear(7, 5, bias=False), (2, 3, 7), PackedLinear),
+    "linear without bias": (lambda: nn.Linear(37, 5, bias=False), (2, 3, 37), PackedLinear),
     "conv": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 6, 6), PackedConv2d),
     "conv, reflected": (lambda: nn.Conv2d(3, 6, 3, padding="same", padding_mode="reflect"), (1, 3, 5, 5), PackedConv2d),
-    "conv1d": (lambda: Conv1D(5, 7), (2, 3, 7), PackedConv1D),
+    "conv1d": (lambda: Conv1D(5, 37), (2, 3, 37), PackedConv1D),
 }
 
 
@@ -29,13 +30,14 @@ def _quantized(kind, bits=4, granularity="tensor", activation_bits=None, signed=
     (layer,) = quantized_layers(model).values()
     layer.weight_quantizer.log_exponent.data.fill_(0.1)
     layer.weight_quantizer.set_bits_(bits)
+    draw_multipliers_(layer, bits)
     if activation_bits is not None:
         layer.input_quantizer.set_range_(1.5, activation_bits, signed=signed)
     return layer, torch.randn(shape)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 @pytest.mark.parametrize(("activation_bits", "signed"), [(None, True), (8, True), (5, False)])
 def test_packed_layer_computes_what_the_quantized_one_does_bit_for_bit(kind, granularity, activation_bits, signed):
     for bits in (2, 3, 4, 7, 8, 16):
@@ -107,9 +109,9 @@ def test_the_step_sizes_of_channels_are_a_float32_tensor_of_the_state_dict(kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
-def test_a_cast_changes_the_weight_that_is_read_but_no_number_of_the_format(dtype, granularity):
-    layer, x = _quantized("conv", 6, granularity, 8)
+@pytest.mark.parametrize(("kind", "granularity"), [("conv", "tensor"), ("conv", "channel"), ("conv1d", "block")])
+def test_a_cast_changes_the_weight_that_is_read_but_no_number_of_the_format(dtype, kind, granularity):
+    layer, x = _quantized(kind, 6, granularity, 8)
     packed = pack_layer(layer)
     before = {name: tensor.clone() for name, tensor in packed.state_dict().items() if name != "bias"}
     weight = packed.weight
@@ -168,10 +170,11 @@ def test_copies_and_pickles_compute_the_same_and_carry_no_decoded_weight():
     assert torch.equal(torch.load(file, weights_only=False)(x), expected)
 
 
-def test_on_the_meta_device_the_weight_reads_as_its_codes_and_can_be_loaded():
-    packed = pack_layer(_quantized("linear", 4)[0])
+@pytest.mark.parametrize(("kind", "granularity", "size"), [("linear", "tensor", 18), ("conv1d", "block", 93)])
+def test_on_the_meta_device_the_weight_reads_as_its_codes_and_can_be_loaded(kind, granularity, size):
+    packed = pack_layer(_quantized(kind, 4, granularity)[0])
     empty = copy.deepcopy(packed).to("meta")
-    assert (empty.weight.dtype, empty.weight.shape) == (torch.uint8, (18,))
+    assert (empty.weight.dtype, empty.weight.shape) == (torch.uint8, (size,))
     empty.load_state_dict(packed.state_dict(), assign=True)
     assert torch.equal(empty.weight, packed.weight)
     filled = copy.deepcopy(packed).to("meta").to_empty(device="cpu")
@@ -190,7 +193,7 @@ def test_input_and_bias_get_gradients_also_after_the_first_reading_in_inference_
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "conv1d"])
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 def test_an_exported_packed_layer_computes_the_same(kind, granularity):
     layer, x = _quantized(kind, 4, granularity, 8)
     packed = pack_layer(layer)

@@ -7,6 +7,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from hf_geta.checkpoint.manifest import LayerManifest, Manifest, fit_manifest, read_manifest, write_manifest_
+from hf_geta.checkpoint.swap import replace_with_packed_
 
 SELF = "bert.encoder.layer.0.attention.self"
 QUERY = f"{SELF}.query"
@@ -266,3 +267,11 @@ def test_only_another_class_of_model_may_lack_a_head(model):
     with pytest.raises(ValueError, match="has no 'qa_outputs"):
         fit_manifest(other_head, model)
     assert isinstance(model.bert, BertModel)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"), [(torch.nn.Embedding(4, 40), (4, 40)), (torch.nn.Conv2d(40, 4, 1), (4, 40, 1, 1))]
+)
+def test_what_is_no_linear_layer_has_no_blocks(module, shape):
+    with pytest.raises(ValueError, match=f"0 has granularity='block'; a {type(module).__name__} has no blocks"):
+        replace_with_packed_(torch.nn.Sequential(module), {"0": LayerManifest(4, shape, "block")})

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from hf_geta.checkpoint.layers import PackedLayer, PackedLinear, set_backend_
 from hf_geta.checkpoint.manifest import LayerManifest, Manifest, read_manifest, write_manifest_
@@ -165,3 +166,33 @@ def test_layers_that_share_one_weight_share_one_packed_tensor():
     assert read_manifest(model).layers["second"] == LayerManifest(3, (6, 6), shared_with="first")
     assert torch.equal(model.to(torch.float64)(x.double()), model.double()(x.double()))
     assert model.second.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(33, 2, bias=False), lambda: Conv1D(2, 33)])
+def test_a_layer_with_blocks_is_these_bytes(build):
+    """Two channels of 33 inputs at 5 bits: a block of 32, and one of the last input."""
+    model = nn.Sequential(build())
+    weight = torch.zeros(2, 33)
+    weight[0, 0], weight[0, 32], weight[1, 1], weight[1, 32] = 15.0, -3.0, 14.0, 2.0
+    is_linear = isinstance(model[0], nn.Linear)
+    model[0].weight.data = weight if is_linear else weight.t().contiguous()
+    quantize_modules_(model, GETAConfig(weight_bits=(5, 5), granularity="block"))
+    quantizer = model[0].weight_quantizer
+    quantizer.set_range_(15.0, 5)
+    quantizer.log_step_size.data.zero_()  # d = 1, without the rounding of a logarithm
+    multipliers = torch.tensor([[16, 4], [16, 2]], dtype=torch.uint8)  # whose unit is 2
+    quantizer.blocks.multipliers.copy_(multipliers if is_linear else multipliers.t())
+    packed = pack_layer(model[0])
+    codes = torch.zeros(2, 33, dtype=torch.int32)
+    codes[0, 0], codes[0, 32], codes[1, 1], codes[1, 32] = 15, -12, 14, 15  # -3 / (4 / 16); 2 / (2 / 16) clips at 15
+    assert torch.equal(packed.dense_codes(), codes if is_linear else codes.t())
+    assert packed.step_size.tolist() == [0.125, 0.125]  # d * 2 / 16
+    # m / 2 - 1: 7 and 1, 7 and 0; with channels inside, 7 and 7, 1 and 0
+    assert packed.block_multipliers.tolist() == ([0x17, 0x07] if is_linear else [0x77, 0x01])
+    stream = packed.state_dict()["weight"]
+    written = {byte: int(stream[byte]) for byte in stream.nonzero().flatten().tolist()}
+    assert stream.shape == (42,)  # 66 codes
+    if is_linear:  # codes 0, 32, 34 and 65
+        assert written == {0: 0x0F, 20: 0x14, 21: 0x38, 40: 0xE0, 41: 0x01}
+    else:  # codes 0, 3, 64 and 65
+        assert written == {0: 0x0F, 2: 0x07, 40: 0xF4, 41: 0x01}

@@ -80,14 +80,35 @@ def test_codes_times_multipliers_decode_to_the_fake_quantized_values_bit_for_bit
     assert torch.equal((grid[0] * grid[3]) * exact, fake_quantize(x, *grid, True, multipliers))
 
 
+@pytest.mark.parametrize("function", ["fused", "traced"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_in_float32(function, transposed, dtype, cache):
+    x, grid, multipliers = make(transposed, dtype=torch.float32)
+    x = x.detach().to(dtype).requires_grad_()
+    value, exact = rounded(function, x, grid, multipliers), rounded(function, x.float(), grid, multipliers)
+    assert torch.equal(value, exact.to(dtype))
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for found, expected in zip(
+        torch.autograd.grad((value * upstream).sum(), [x, *grid]),
+        torch.autograd.grad((exact * upstream).sum(), [x, *grid]),
+        strict=True,
+    ):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("build", [lambda: nn.Linear(INPUTS, 6), lambda: Conv1D(6, INPUTS)])
-def test_a_layer_with_blocks_is_the_product_of_what_is_rounded(build):
+@pytest.mark.parametrize("order", ["in order", "divided anew"])
+def test_a_layer_with_blocks_is_the_product_of_what_is_rounded(build, order):
     torch.manual_seed(0)
     model = nn.Sequential(build())
     quantize_modules_(model, GETAConfig(weight_bits=(4, 8), activation_bits=(8, 8), granularity="block"))
     (layer,) = quantized_layers(model).values()
     layer.weight_quantizer.set_bits_(4)
     layer.input_quantizer.set_range_(2.0, 8)
+    if order == "divided anew":
+        layer.weight_quantizer.blocks.choose_(layer.weight, 4, kept=torch.arange(INPUTS) % 3 > 0)
     draw_multipliers_(layer, 4)
     x = torch.randn(5, INPUTS)
     value = layer(x)
@@ -201,7 +222,7 @@ def test_inputs_that_are_left_are_divided_anew_and_then_lie_in_order(build):
         assert torch.equal(quantizer(each[0].weight), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_packed_layer_runs_on_integers_with_blocks(dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(INPUTS, 6))

@@ -63,7 +63,7 @@ class Communication:
     Attributes:
         gradients: all-reduced in each step without compression.
         quantizer_gradients: in addition, those of the quantizers.
-        buffers: broadcast in each forward: what calibration saw. None with `ddp_broadcast_buffers=False`.
+        buffers: broadcast in each forward: what calibration saw, and blocks. None with `ddp_broadcast_buffers=False`.
         decision: broadcast at the start of each pruning period, in `decision_messages`.
         final_widths: broadcast once, at the start of the cool-down.
         calibration: all-reduced once, before the first step.

@@ -6,9 +6,13 @@ HF_GETA_FUZZ_EXAMPLES=500 draws as many, other ones each time; without it the sa
 import os
 from collections import Counter
 
+import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from hf_geta.checkpoint import manifest, packed_weight
+from hf_geta.optim import cost_terms
+from hf_geta.quantization import blocks, kernels
 from tests.fuzz.grammar import models, runs
 from tests.fuzz.law import DIVERGED, check_cuts, run_or_refusal
 
@@ -23,6 +27,13 @@ DRAWN = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=bool(LONG),
 )
+
+
+@pytest.fixture(autouse=True)
+def _blocks_of_4_inputs(monkeypatch):
+    """So that matrices of few inputs have several blocks."""
+    for module in (kernels, blocks, packed_weight, manifest, cost_terms):
+        monkeypatch.setattr(module, "BLOCK", 4)
 
 
 def test_a_random_run_is_refused_in_words_or_keeps_its_targets():

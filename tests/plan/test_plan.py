@@ -105,8 +105,10 @@ def test_planned_memory_is_an_upper_estimate_within_half_of_what_is_measured(pla
     assert measured <= planned <= 1.5 * measured
 
 
-def test_a_model_of_the_planned_end_has_the_planned_size(file, tmp_path):
+@pytest.mark.parametrize("granularity", ["tensor", "block"])
+def test_a_model_of_the_planned_end_has_the_planned_size(granularity, file, tmp_path):
     settings = ["geta.group_sparsity=0.5", "geta.weight_bits=[4, 4]", "geta.activation_bits=null"]
+    settings.append(f"geta.granularity={granularity}")
     run = read_run(file, settings)
     model = AutoModelForImageClassification.from_config(run.model.config)
     end = make_plan(run).ends[0]
@@ -118,7 +120,8 @@ def test_a_model_of_the_planned_end_has_the_planned_size(file, tmp_path):
     assert end.parameters == cost.parameters
     assert end.relative_bops == pytest.approx(cost.relative_bops)
     saved = (tmp_path / "model.safetensors").stat().st_size
-    assert 0.98 * end.file_bytes <= saved <= end.file_bytes  # what the header takes is an upper bound
+    # what the header takes is an upper bound, and a last block of inputs that is not there
+    assert (0.98 if granularity == "tensor" else 0.97) * end.file_bytes <= saved <= end.file_bytes
 
 
 def test_a_budget_is_planned_with_what_is_in_reach(file):

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import hf_geta
 from hf_geta import build_qadg
 from hf_geta.cli import main
+from hf_geta.export.plain import packed_weights
 from hf_geta.graph.example_inputs import example_inputs
 from hf_geta.graph.uniform import make_uniform
+from hf_geta.quantization.layers import quantized_layers
 from tests.export.families import FAMILIES, halved, make_model, prepared
+from tests.quantization.random_blocks import draw_multipliers_
 
 EXPORTED = ("llama", "gpt2", "t5", "vit", "resnet")
 HERE = Path(__file__).parent
@@ -102,3 +106,17 @@ def test_exported_configs_state_the_pruned_sizes_and_speak_of_no_quantization(ex
     assert "quantization_config" not in config
     config = json.loads((root / "vit" / "exported" / "config.json").read_text())
     assert (config["intermediate_size"], config["num_attention_heads"], config["head_dim"]) == (12, 2, 8)
+
+
+def test_blocks_become_the_floats_that_they_stand_for(tmp_path):
+    model = prepared(make_model("llama", hidden_size=72), weight_bits=(2, 8), granularity="block")
+    for i, layer in enumerate(quantized_layers(model).values()):
+        layer.weight_quantizer.set_bits_(2 + i % 7)
+        draw_multipliers_(layer, 2 + i % 7)
+    small = halved(model)
+    small.save_pretrained(tmp_path / "compressed")
+    assert main(["export", str(tmp_path / "compressed"), str(tmp_path / "exported")]) == 0
+    tensors = load_file(tmp_path / "exported" / "model.safetensors")
+    layers = packed_weights(small)
+    assert layers
+    assert all(torch.equal(tensors[name], layer.weight) for name, layer in layers.items())

@@ -211,12 +211,10 @@ def file_budget(
         for name, layer in quantized_layers(model).items()
         if layer.weight_quantizer.log_channel_scale is not None
     }
-    block_dims = {
-        f"{name}.weight": layer.weight_quantizer.blocks.dim
-        for name, layer in quantized_layers(model).items()
-        if layer.weight_quantizer.blocks is not None
+    block_weights = {
+        f"{name}.weight" for name, layer in quantized_layers(model).items() if layer.weight_quantizer.blocks is not None
     }
-    return size_budget(target_bytes, tensors, axes, quantizers.weight_rows, channel_dims, block_dims)
+    return size_budget(target_bytes, tensors, axes, quantizers.weight_rows, channel_dims, block_weights)
 
 
 @torch.no_grad()
@@ -292,6 +290,6 @@ def _round_widths_(model: nn.Module, config: GETAConfig, read: Callable[[Tensor]
     if (bits - final).abs().max() > 1e-3:
         logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
     for quantizer, weight, width in zip(table.quantizers, numbered.weights, final.tolist(), strict=True):
-        if quantizer.blocks is not None and weight is not None and not quantizer.blocks.fit(width):
+        if quantizer.blocks is not None and weight is not None and not quantizer.blocks.can_be_packed(width):
             quantizer.move_clips_(read(weight), width, width)
     table.project_(final, final)

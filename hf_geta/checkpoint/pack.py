@@ -104,7 +104,7 @@ def _describe(layers: Mapping[str, QuantizedLayer]) -> dict[str, LayerManifest]:
         if not per_tensor and not ((sizes := _step_sizes(layer)).isfinite() & (sizes > 0)).all():
             raise ValueError(f"{name} has channels whose step size is not a positive float32 number.")
         bits = _whole_bits(f"{name}.weight", layer.weight_quantizer)
-        if granularity == "block" and not layer.weight_quantizer.blocks.fit(bits):  # type: ignore[union-attr]
+        if granularity == "block" and not layer.weight_quantizer.blocks.can_be_packed(bits):  # type: ignore[union-attr]
             raise ValueError(f"{name} has blocks that cannot be packed at {bits} bits: the cool-down chooses them.")
         manifests[name] = LayerManifest(
             bits=bits,

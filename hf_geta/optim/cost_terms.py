@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -53,7 +53,7 @@ def size_budget(
     axes: Sequence[Axis],
     weight_rows: Mapping[str, int],
     channel_dims: Mapping[str, int],
-    block_dims: Mapping[str, int],
+    block_weights: Collection[str],
 ) -> Budget:
     """Bytes of the weight file: packed codes, float tensors in their own dtype, and at most what the header takes.
 
@@ -63,7 +63,7 @@ def size_budget(
         axes: the prunable axes, in the order of the removed counts.
         weight_rows: weight name -> row of its quantizer; the others stay in float.
         channel_dims: weight name -> dimension that has one float32 step size per entry; none with one per tensor.
-        block_dims: weight name -> dimension of which every 32 entries have a multiplier of 4 bits for each channel.
+        block_weights: names of those whose channels have a multiplier of 4 bits for every 32 inputs.
     """
     terms, overhead = [], float(HEADER_BYTES)
     for name, tensor in tensors.items():
@@ -78,10 +78,10 @@ def size_budget(
             channels = (_owners(name, dim, tensor.shape[dim], axes),)
             overhead += ENTRY_BYTES + len(name)
             terms.append(CostTerm(4.0 * tensor.shape[dim], channels, ()))
-        if name in block_dims:
-            overhead += ENTRY_BYTES + len(name)
-            terms.append(CostTerm(tensor.numel() / BLOCK * MULTIPLIER_BYTES, dims, ()))
-            terms.append(CostTerm(tensor.shape[dim] * MULTIPLIER_BYTES, channels, ()))  # of a block that is not full
+            if name in block_weights:
+                overhead += ENTRY_BYTES + len(name)
+                terms.append(CostTerm(tensor.numel() / BLOCK * MULTIPLIER_BYTES, dims, ()))
+                terms.append(CostTerm(tensor.shape[dim] * MULTIPLIER_BYTES, channels, ()))  # of a block not full
     return Budget(tuple(terms), overhead, target_bytes)
 
 

@@ -1,4 +1,4 @@
-"""Blocks: runs of 32 inputs of one output channel, each with a coarser or finer grid than its channel's.
+"""Blocks: runs of 32 inputs of one output channel, with finer grids than their channel's where weights are smaller.
 
 A channel's grid has to reach its largest weight; where most of the others are small, few of its points are near them.
 So every block rounds on the channel's grid scaled down by m / 16, m = 1 ... 16:
@@ -41,7 +41,7 @@ class Blocks(nn.Module):
 
     multipliers: Tensor  # uint8, the weight's shape with blocks for inputs
     block_of: Tensor  # int32, (in,)
-    lie: bool  # whether inputs are in blocks as they lie
+    in_order: bool  # whether inputs are in blocks as they lie
 
     def __init__(self, shape: Sequence[int], dim: int, device: torch.device | None = None) -> None:
         super().__init__()
@@ -53,8 +53,8 @@ class Blocks(nn.Module):
     @torch.no_grad()
     def reset_(self) -> None:
         """All on their channel's grid, in blocks as they lie."""
-        self.block_of.copy_(as_they_lie(self.block_of))
-        self.lie = True
+        self.block_of.copy_(ids_in_order(self.block_of))
+        self.in_order = True
         shape = list(self.multipliers.shape)
         shape[self.dim] = -(-len(self.block_of) // BLOCK)
         self.multipliers = self.multipliers.new_full(shape, MULTIPLIERS)
@@ -62,16 +62,16 @@ class Blocks(nn.Module):
     @property
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """The last arguments of `fake_quantize`."""
-        return self.multipliers, None if self.lie else self.block_of
+        return self.multipliers, None if self.in_order else self.block_of
 
     def spread(self) -> Tensor:
         """m / 16 for every weight, float32."""
         return spread(self.multipliers.float() / MULTIPLIERS, self.dim, self.block_of, 0, len(self.block_of))
 
-    def fit(self, bits: int) -> bool:
-        """Whether they are those of a packed layer of this width: of inputs as they lie, with products of 8 bits."""
-        self._look()
-        return self.lie and not (self.multipliers % multiplier_unit(bits)).any()
+    def can_be_packed(self, bits: int) -> bool:
+        """Whether a layer of this width can be packed with them: inputs as they lie, and products of 8 bits."""
+        self._find_order()
+        return self.in_order and not (self.multipliers % multiplier_unit(bits)).any()
 
     @torch.no_grad()
     def choose_(
@@ -84,9 +84,9 @@ class Blocks(nn.Module):
             importance: as in `least_squares_clip`.
             kept: (in,) bool; the others are removed. If some are, the kept ones are divided anew. None: all are kept.
         """
-        self.block_of.copy_(as_they_lie(self.block_of))
-        self.lie = kept is None or bool(kept.all())
-        if kept is not None and not self.lie:
+        self.block_of.copy_(ids_in_order(self.block_of))
+        self.in_order = kept is None or bool(kept.all())
+        if kept is not None and not self.in_order:
             order = kept.cumsum(0, dtype=torch.int32) - 1
             self.block_of.copy_(order.clamp_(min=0) // BLOCK)
         rows = self._rows_of_blocks(weight, kept)  # (out * blocks, 32)
@@ -114,23 +114,23 @@ class Blocks(nn.Module):
         if dim != self.dim:
             self.multipliers = self.multipliers.index_select(dim, indices)
             return
-        self.block_of, self.lie = self.block_of.index_select(0, indices), False
+        self.block_of, self.in_order = self.block_of.index_select(0, indices), False
 
-    def _look(self) -> None:
+    def _find_order(self) -> None:
         """Find out whether inputs lie in order, which takes their numbers; then no block is left without inputs."""
-        self.lie = torch.equal(self.block_of, as_they_lie(self.block_of))
-        if self.lie:
+        self.in_order = torch.equal(self.block_of, ids_in_order(self.block_of))
+        if self.in_order:
             blocks = -(-len(self.block_of) // BLOCK)
             self.multipliers = self.multipliers.narrow(self.dim, 0, blocks).contiguous()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._look()
+        self._find_order()
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.multipliers.shape)}, dim={self.dim}"
 
 
-def as_they_lie(block_of: Tensor) -> Tensor:
+def ids_in_order(block_of: Tensor) -> Tensor:
     """0, 0, ... 1, 1, ...: the blocks of inputs that are in their first order."""
     return torch.arange(len(block_of), dtype=block_of.dtype, device=block_of.device) // BLOCK

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
@@ -158,34 +159,39 @@ def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inp
 def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps: int) -> QASSO:
     """QASSO around `base` for a prepared model and a run of `total_steps` optimizer steps.
 
-    An axis with a frozen parameter (`requires_grad=False`) stays whole, with all axes that go with it: its groups are
-    not counted, and nothing writes to it.
+    An axis with a parameter that does not train (`requires_grad=False`, or in no group of `base`) stays whole, with all
+    axes that go with it: its groups are not counted, and nothing writes to it.
 
     Raises:
         ValueError: if `model` is not prepared, nothing prunable trains, or the stages do not fit `total_steps`.
     """
     preparation = preparation_of(model)
     parameters = prunable_parameters(model)
+    optimized = {id(p) for group in base.param_groups for p in group["params"]}
+    training = {name for name, p in parameters.items() if p.requires_grad and id(p) in optimized}
     axes = [
         axis
         for axis in preparation.qadg.axes
-        if all(parameters[member.tensor].requires_grad for member in axis.members if member.tensor in parameters)
+        if all(member.tensor in training for member in axis.members if member.tensor in parameters)
     ]
     families = preparation.families
     if families is not None:
-        training = {axis.name for axis in axes}
-        families = tuple(family for family in families if training.issuperset(family.axes))
+        names = {axis.name for axis in axes}
+        families = tuple(family for family in families if names.issuperset(family.axes))
         named = {name for family in families for name in family.axes}
         axes = [axis for axis in axes if axis.name in named]
     if preparation.config.prunes and not axes:
         raise ValueError(
-            "every prunable axis holds a frozen parameter (requires_grad=False): let some of them train, or write "
-            "group_sparsity=0."
+            "every prunable axis holds a parameter that does not train (requires_grad=False, or not in the optimizer): "
+            "let some of them train, or write group_sparsity=0."
         )
     space = PruningSpace(axes, parameters, families)
     quantizers = NumberedQuantizers.of(quantized_layers(model))
     budget = _budget(model, axes, quantizers)
-    return QASSO(base, preparation.config, total_steps, space, quantizers, budget)
+    optimizer = QASSO(base, preparation.config, total_steps, space, quantizers, budget)
+    if budget is None:
+        model.geta = dataclasses.replace(preparation, groups_to_remove=optimizer.groups_to_remove)  # type: ignore[assignment]
+    return optimizer
 
 
 def _budget(model: nn.Module, axes: Sequence[Axis], quantizers: NumberedQuantizers) -> Budget | None:
@@ -237,6 +243,9 @@ def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
     preparation = preparation_of(model)
     refuse_not_finite(model)
     removed = preparation.qadg.zero_groups(model)
+    count = sum(len(groups) for groups in removed.values())
+    if count < (preparation.groups_to_remove or 0):
+        logger.warning("the run ended early: %d of %d groups are removed.", count, preparation.groups_to_remove)
     small = _cut_in_pieces(model, removed) if Shards(model.parameters()).are_several else _cut(model, removed)
     publish_with_card_(small, compression_report(model))
     return small

@@ -16,7 +16,6 @@ from hf_geta.config_checks import MAX_BITS, MIN_BITS, check_config, parse_bytes
 DEFAULT_GROUP_SPARSITY = 0.5
 # the fields that bound widths of quantizers
 WIDTHS = ("weight_bits", "quantize_embeddings", "activation_bits", "outlier_activation_bits")
-OPTIONAL_AXES = ("query_head", "head_dim")  # kinds that are left alone unless they are asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,7 @@ class GETAConfig:
 
     Two numbers of bits are a range `(lower, upper)`, more are a set of allowed widths, such as `(2, 4, 8)` (two as
     well, with `discrete_bits`): relaxed inside its hull while it trains, in it at the end. Every width is inside its
-    range after every optimizer step past the warm-up.
+    range after every optimizer step past the warm-up (but in the ablation without the projection).
 
     The targets are either those and `group_sparsity`, or a budget (`target_bops`, `target_size`): then one price
     decides how many groups go and how many bits stay, inside the same bounds. Stage lengths follow the habit of
@@ -123,7 +122,9 @@ class GETAConfig:
     )
     group_divisible: int = dataclasses.field(
         default=1,
-        metadata={"help": "Kept sizes of axes longer than this are multiples of it (8, 16, 32: what hardware likes)."},
+        metadata={
+            "help": "Axes longer than this keep multiples of it, if they lose any (8, 16, 32: what hardware likes)."
+        },
     )
     uniform: bool = dataclasses.field(
         default=False,
@@ -149,7 +150,11 @@ class GETAConfig:
         default=4, metadata={"help": "Training batches that set the activation ranges before the first step."}
     )
     modules_to_not_convert: list[str] | None = dataclasses.field(
-        default=None, metadata={"help": "Modules kept in float; by default output embeddings and tied layers."}
+        default=None,
+        metadata={
+            "help": "Modules kept in float, in place of those that stay in float if nothing is written: output "
+            "embeddings and tied layers."
+        },
     )
 
     distillation_weight: float = dataclasses.field(
@@ -212,8 +217,10 @@ class GETAConfig:
             return (bits,)
         if bits is not None and "projection" in self.without:
             return tuple(range(MIN_BITS, MAX_BITS + 1))  # whatever can be packed
-        if bits is None or len(bits) > 2 or self.discrete_bits:
-            return bits
+        if bits is None:
+            return None
+        if len(bits) > 2 or self.discrete_bits:
+            return tuple(sorted(set(bits)))
         return tuple(range(bits[0], bits[1] + 1))
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,7 +248,7 @@ class GETAConfig:
         else:
             import yaml  # with transformers always, but only YAML readers need it
 
-            values = yaml.safe_load(text)
+            values = yaml.safe_load(text) or {}
         return cls.from_dict(values.get("geta", values))
 
     def save(self, path: str | Path) -> None:

@@ -19,6 +19,7 @@ class Preparation:
     config: GETAConfig
     qadg: QADG
     families: tuple[Family, ...] | None = None  # with `config.uniform`
+    groups_to_remove: int | None = None  # K, once an optimizer has planned with it; None with a budget
 
 
 def is_prepared(model: nn.Module) -> bool:

@@ -71,6 +71,8 @@ def test_every_form_gives_the_same_config(tmp_path):
     assert GETAConfig.from_file(tmp_path / "config.json") == CONFIG
     assert GETAConfig.from_file(tmp_path / "run.yaml") == CONFIG
     assert GETAConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert GETAConfig.from_file(tmp_path / "empty.yaml") == GETAConfig()
     flags = "--group_sparsity 0.3 --weight_bits 2 6 --activation_bits 4 8 --modules_to_not_convert head"
     (parsed,) = HfArgumentParser(GETAConfig).parse_args_into_dataclasses(flags.split())
     assert parsed == CONFIG
@@ -86,6 +88,7 @@ def test_a_range_allows_every_whole_width_in_it_and_a_set_only_its_own():
     assert GETAConfig(weight_bits=(3, 6)).allowed_bits("weight_bits") == (3, 4, 5, 6)
     assert GETAConfig(weight_bits=(2, 4, 8)).allowed_bits("weight_bits") == (2, 4, 8)
     assert GETAConfig(weight_bits=(4, 8), discrete_bits=True).allowed_bits("weight_bits") == (4, 8)
+    assert GETAConfig(weight_bits=(4, 4), discrete_bits=True).allowed_bits("weight_bits") == (4,)
     assert GETAConfig().allowed_bits("activation_bits") is None
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_geta.checkpoint.layers import PackedLayer, set_backend_
@@ -17,7 +17,7 @@ from hf_geta.checkpoint.packing import highest_code, pack_codes, pack_multiplier
 from hf_geta.checkpoint.swap import packed_class, replace_with_packed_
 from hf_geta.quantization.blocks import multiplier_unit
 from hf_geta.quantization.kernels import MULTIPLIERS
-from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
+from hf_geta.quantization.layers import QuantizedLayer, check_ties, quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
 
 # A width is a logarithm of learned float32 numbers: this far from a whole number is rounding, not training.
@@ -48,7 +48,7 @@ def pack_model_(model: PreTrainedModel, read: Callable[[Tensor], Tensor] = _as_i
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("the model has no quantized layer to pack; save a model that is only pruned as it is.")
-    _check_sharing(model, layers)
+    check_ties(model)
     manifests = _describe(layers)
     pruned = read_manifest(model)
     packed = replace_with_packed_(model, manifests)
@@ -76,18 +76,6 @@ def pack_layer(layer: QuantizedLayer) -> PackedLayer:
     packed = kind(layer, manifest)
     _fill_(packed, layer, _as_it_is)
     return packed
-
-
-def _check_sharing(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
-    """Packing one of two tied layers would cut the tie, and the file would hold the weight twice."""
-    weights = {layer.weight: name for name, layer in layers.items()}
-    quantized = set(layers.values())
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter in weights and model.get_submodule(name.rpartition(".")[0]) not in quantized:
-            raise ValueError(
-                f"{weights[parameter]}.weight is also {name}, which is not quantized: keep both in float "
-                f"(modules_to_not_convert=[{weights[parameter]!r}]) or untie them before training."
-            )
 
 
 def _describe(layers: Mapping[str, QuantizedLayer]) -> dict[str, LayerManifest]:

@@ -40,9 +40,15 @@ class FiniteSteps:
 
         Raises:
             FloatingPointError: if so many steps in a row were skipped that more would be wasted.
+            RuntimeError: if there is no gradient at all.
         """
         parameters = [p for group in param_groups for p in group["params"]]
         gradients = [gradient for p in parameters if (gradient := local_gradient(p)) is not None]
+        if not gradients:
+            raise RuntimeError(
+                "no parameter has a gradient: call step() after backward() and before zero_grad(). Optimizers that "
+                "step inside of backward() (LOMO, layer-wise GaLore) leave nothing to choose groups by: use another."
+            )
         if not self._shards.any(not are_finite(gradients)):
             self.skipped_in_a_row = 0
             return True

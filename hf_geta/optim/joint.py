@@ -6,8 +6,8 @@ s - gamma (c + d r) descends to first order when
 
     <g, s> - gamma <g, c> - gamma d <g, r> < 0.
 
-The two functions choose gamma and then d so that it does, tensor by tensor (GETA, Sec. 5.3 and Prop. 5.1; the
-choice per tensor is ours). All arguments are vectors with one entry per tensor.
+The two functions choose gamma and then d so that it does wherever s alone descends, <g, s> < 0, tensor by tensor (GETA,
+Sec. 5.3 and Prop. 5.1; the choice per tensor is ours). All arguments are vectors with one entry per tensor.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class Pricing:
         scores: (num_groups,) <x, g>^2, summed over steps; a decision halves it.
         noise: (quantizers,) squared gradients of ln d times levels^2, likewise.
         ceilings: (quantizers,) the widths that the last decision left, in bits; upper bounds while the run goes on.
-        price: of the last move of the last decision: loss per cost, both as `allocate` counts them.
+        price: of the last move of the last decision: loss per cost, both as `allocate` counts them; where a cap on
+            groups binds, with their surcharge.
         cost: C that the last decision leads to.
         least: about the least C that groups and widths reach.
 
@@ -122,7 +123,8 @@ class Pricing:
         removed, rises = removed.cpu(), (GROUP_FACTOR * self.scores.double()).tolist()
         budget = dataclasses.replace(self.budget, target=target)
         noise = self.noise.double().tolist()
-        found = self._solve(budget, self._with_surcharge(rises, noise, removed), noise, removed, most_removed)
+        rises = self._with_surcharge(rises, noise, removed, most_removed)
+        found = self._solve(budget, rises, noise, removed, most_removed)
         self.ceilings = torch.tensor(found.bits, dtype=torch.float32).to(self.ceilings.device)
         self.price, self.cost = found.price, found.cost
         self.scores *= MEMORY
@@ -131,17 +133,20 @@ class Pricing:
         chosen[list(found.groups)] = True
         return chosen
 
-    def _with_surcharge(self, rises: list[float], noise: list[float], removed: Tensor) -> list[float]:
+    def _with_surcharge(
+        self, rises: list[float], noise: list[float], removed: Tensor, most_removed: int
+    ) -> list[float]:
         """`rises`, plus as much per group as it takes to meet the whole budget with no more groups than may go.
 
         Where `group_sparsity` caps the groups, those that save much must not be passed over for cheap ones.
         """
+        if most_removed == int(removed.sum()):
+            return rises
         surcharge, step = 0.0, max(rises, default=0.0) or 1.0
         for doubling in range(SURCHARGE_DOUBLINGS):
             raised = [rise + surcharge for rise in rises]
-            found = self._solve(self.budget, raised, noise, removed, self.most_removed)
-            if found.cost <= self.budget.target or int(removed.sum()) + len(found.groups) < self.most_removed:
-                return raised  # met, or not for want of groups
+            if self._solve(self.budget, raised, noise, removed, most_removed).cost <= self.budget.target:
+                return raised
             surcharge = step * 2.0 ** (doubling - SURCHARGE_DOUBLINGS // 2)
         return raised
 

@@ -70,19 +70,23 @@ class QASSO(OptimizerWrapper):
         self.config, self.budget = config, budget
         self.space = space
         self.weights = numbered.weights
-        # of a model on the meta device, groups and widths are real all the same
-        self.widths = WidthTable(numbered.quantizers, next((p.device for p in space.parameters if not p.is_meta), None))
         # one row per parameter of the space, -1 without a quantizer
         self.quantizer_rows = [numbered.weight_rows.get(name, -1) for name in space.parameter_names]
         _separate_quantizer_parameters_(base, numbered.quantizers, config.quantizer_learning_rate)
         super().__init__(base)
+        self._read_grids_(numbered.quantizers)
+        self.plan_(total_steps)
+
+    def _read_grids_(self, quantizers: Sequence[Quantizer]) -> None:
+        """Note which grids are signed and which widths they may have: a checkpoint of the model may have changed it."""
+        # of a model on the meta device, groups and widths are real all the same
+        self.widths = WidthTable(quantizers, next((p.device for p in self.space.parameters if not p.is_meta), None))
         device = self.widths.signed.device
-        space.to(device)
-        self.allowed_bits = [config.allowed_bits(quantizer.widths) or () for quantizer in numbered.quantizers]
+        self.space.to(device)
+        self.allowed_bits = [self.config.allowed_bits(quantizer.widths) or () for quantizer in quantizers]
         self._lower_bits = torch.tensor([float(bits[0]) for bits in self.allowed_bits], device=device)
         upper = torch.tensor([bits[-1] for bits in self.allowed_bits], device=device)
         self._rows_of_upper = {bits: upper == bits for bits in {bits[-1] for bits in self.allowed_bits}}
-        self.plan_(total_steps)
 
     def plan_(self, total_steps: int) -> None:
         """Begin a run of `total_steps` optimizer steps, with the weights, quantizers and base state as they are.
@@ -153,6 +157,23 @@ class QASSO(OptimizerWrapper):
             flat = self.space.shards.mean_(torch.cat([gradient.reshape(-1) for gradient in gradients]))
             parts = flat.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+    def train(self) -> None:
+        """The base optimizer's mode, where it has one; the zeros and the widths hold in both."""
+        super().train()
+        self._hold_()
+
+    def eval(self) -> None:
+        """As `train`."""
+        super().eval()
+        self._hold_()
+
+    @torch.no_grad()
+    def _hold_(self) -> None:
+        """Zeros and widths again after a base optimizer with modes has exchanged the parameters for their average."""
+        if self.has_modes and self.schedule.stage_at(self.step_count) in (Stage.JOINT, Stage.COOLDOWN):
+            self.widths.project_(*self.width_bounds())
+            self._zero_removed()
 
     def width_bounds(self) -> tuple[Tensor, Tensor]:
         """(lower, upper) in force after the present step, in bits, (quantizers,) each."""
@@ -321,6 +342,8 @@ class QASSO(OptimizerWrapper):
                 "this optimizer state is of a run with other targets: a budget or a share of groups, as here."
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "qasso"})
+        self._read_grids_(self.widths.quantizers)
+        self.plan_(self.schedule.total_steps)
         device = self.removed.device
         self.step_count = int(own["step"])
         self.removed = own["removed"].to(device, copy=True)
@@ -337,4 +360,6 @@ def _separate_quantizer_parameters_(base: torch.optim.Optimizer, quantizers: Seq
     for group in base.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in owned]
     if parameters:
-        base.add_param_group({"params": parameters, "lr": lr, "weight_decay": 0.0})
+        # Adafactor's steps are relative to the parameter, which is a logarithm here, and may choose their own size
+        own_step = {name: False for name in ("scale_parameter", "relative_step") if name in base.defaults}
+        base.add_param_group({"params": parameters, "lr": lr, "weight_decay": 0.0} | own_step)

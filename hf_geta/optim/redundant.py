@@ -91,7 +91,9 @@ class RedundantEntries:
         log_scale = None if row < 0 else self.widths.quantizers[row].log_channel_scale
         if log_scale is None:
             return None
-        channel_dim = next((dim for dim, size in enumerate(log_scale.shape) if size > 1), 0)
+        channel_dim = next((dim for dim, size in enumerate(log_scale.shape) if size > 1), None)
+        if channel_dim is None:  # of one channel
+            return log_scale.detach().view(-1), 1
         here = local_range(self.parameters[segment], channel_dim)
         scales = log_scale.detach().narrow(channel_dim, here.start, here.stop - here.start).view(-1)
         return scales, math.prod(self.parameters[segment].shape[channel_dim + 1 :])
@@ -202,7 +204,8 @@ class Chunk:
         """x <- x - change on the entries."""
         for piece, part in zip(self.pieces, change.split(self.sizes), strict=True):
             tensor = self.entries.tensors[piece.segment]
-            tensor.put_(piece.index, part.neg().to(tensor.dtype), accumulate=True)
+            place = torch.unravel_index(piece.index, tensor.shape)  # with `put_` it would not be deterministic
+            tensor[place] -= part.to(tensor.dtype)
 
 
 def _in_chunks(indices: Sequence[Tensor]) -> Iterator[list[Piece]]:

@@ -35,15 +35,20 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.base.load_state_dict(state_dict)
         self._link_to_base()
 
+    @property
+    def has_modes(self) -> bool:
+        """Whether the base optimizer trains one set of parameters and evaluates another (a schedule-free one)."""
+        return hasattr(self.base, "train") and hasattr(self.base, "eval")
+
     def train(self) -> None:
-        """For base optimizers with a mode (schedule-free ones)."""
-        if hasattr(self.base, "train"):
-            self.base.train()
+        """The base optimizer's mode, where it has modes."""
+        if self.has_modes:
+            self.base.train()  # type: ignore[attr-defined]
 
     def eval(self) -> None:
-        """For base optimizers with a mode (schedule-free ones)."""
-        if hasattr(self.base, "eval"):
-            self.base.eval()
+        """The base optimizer's mode, where it has modes."""
+        if self.has_modes:
+            self.base.eval()  # type: ignore[attr-defined]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer."""

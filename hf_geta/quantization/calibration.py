@@ -160,9 +160,9 @@ def _float_run(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterat
             quantizer.enabled = False
         with torch.random.fork_rng(devices), torch.no_grad():
             yield
-            for buffer, before in buffers:
-                buffer.copy_(before)
     finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
         for module, mode in training:
             module.training = mode
         for quantizer, mode in enabled:

@@ -23,7 +23,8 @@ class MagnitudeHistogram:
         magnitude = x.abs()
         self.extremes = torch.maximum(self.extremes, torch.stack([-x.amin(), magnitude.amax()]))
         log = magnitude.clamp_(2.0**-OCTAVES, 2.0**OCTAVES).log2_()
-        self.counts += torch.histc(log, len(self.counts), -OCTAVES, OCTAVES)
+        bins = log.add_(OCTAVES).mul_(BINS_PER_OCTAVE).long().clamp_(max=len(self.counts) - 1)
+        self.counts += torch.bincount(bins.flatten(), minlength=len(self.counts))  # deterministic, unlike histc
 
     @property
     def signed(self) -> bool:

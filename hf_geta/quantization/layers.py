@@ -202,7 +202,7 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
 
     Raises:
         ValueError: if no layer is left to quantize, if a name matches no module, if a weight is not finite, or if an
-            embedding that is to be quantized cannot be.
+            embedding that is to be quantized cannot be, or if only one of two tied layers would be.
     """
     embeddings = set() if config.quantize_embeddings is None else _embedding_weights(model)
     skipped = _skipped_names(model, config.modules_to_not_convert, embeddings)
@@ -238,8 +238,26 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
             "only experts would be quantized. Where hf_geta is not imported, transformers takes a checkpoint of that "
             "kind for one without experts and draws random ones: let modules_to_not_convert leave another layer."
         )
+    check_ties(model)
     logger.info("quantized %d layers: %s", len(names), ", ".join(names))
     return names
+
+
+def check_ties(model: nn.Module) -> None:
+    """Packing one of two tied layers would cut the tie, and the file would hold the weight twice.
+
+    Raises:
+        ValueError: if a quantized layer's weight is a parameter of a module that is not quantized.
+    """
+    layers = quantized_layers(model)
+    weights = {layer.weight: name for name, layer in layers.items()}
+    quantized = set(layers.values())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in weights and model.get_submodule(name.rpartition(".")[0]) not in quantized:
+            raise ValueError(
+                f"{weights[parameter]}.weight is also {name}, which is not quantized: keep both in float "
+                f"(name {weights[parameter]!r} in modules_to_not_convert) or untie them before training."
+            )
 
 
 def restore_modules_(model: nn.Module) -> None:

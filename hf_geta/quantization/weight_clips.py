@@ -7,18 +7,23 @@ models a few inputs are a hundred times larger than the rest: the weights that m
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-RATIO_STEPS_PER_OCTAVE, RATIO_STEPS = 8, 24  # clips from max|w| down to an eighth of it, each 8 % below the last
-PATIENCE_STEPS = 4  # without a better clip for any channel, before the search ends
+STEPS_PER_OCTAVE, OCTAVES = 8, 4  # clips from max|w| down to a sixteenth of it, each 8 % below the last
+COARSE_STEPS = 4  # from clip to clip in the first round; the second one looks at all between
 
 
 @torch.no_grad()
 def least_squares_clip(
     weight: Tensor, bits: float, channel_shape: tuple[int, ...] | None = None, importance: Tensor | None = None
 ) -> Tensor:
-    """The q_m with the least sum of importance * (w - Q(w))^2 at `bits`, t = 1, among max|w| 2^(-k/8), k = 0 ... 24.
+    """The q_m with about the least sum of importance * (w - Q(w))^2 at `bits`, t = 1, down to a sixteenth of max|w|.
+
+    Of max|w| 2^(-k/8), first every fourth, then, channel by channel, those around the best: the error may rise before
+    it falls, where one weight is far larger than all others.
 
     Args:
         weight: any shape.
@@ -32,17 +37,25 @@ def least_squares_clip(
     dims = [dim for dim, size in enumerate(channel_shape or (1,) * weight.ndim) if size == 1]
     levels = 2 ** (bits - 1) - 1
     top = weight.abs().amax(dims, keepdim=True)
-    best_error, clip = torch.full_like(top, torch.inf), top
-    since_better = 0
-    for k in range(RATIO_STEPS + 1):
-        candidate = top * 2 ** (-k / RATIO_STEPS_PER_OCTAVE)
-        step_size = (candidate / levels).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def error_of(clip: Tensor) -> Tensor:
+        step_size = (clip / levels).clamp(min=torch.finfo(torch.float32).tiny)
         error = (weight / step_size).round_().clamp_(-levels, levels).mul_(step_size).sub_(weight).square_()
-        error = (error if importance is None else error.mul_(importance)).sum(dims, keepdim=True)
-        better = error < best_error
-        clip, best_error = torch.where(better, candidate, clip), torch.minimum(error, best_error)
-        since_better = 0 if better.any() else since_better + 1
-        if since_better == PATIENCE_STEPS:
-            break
+        return (error if importance is None else error.mul_(importance)).sum(dims, keepdim=True)
+
+    steps = range(0, STEPS_PER_OCTAVE * OCTAVES + 1, COARSE_STEPS)
+    coarse = _best([top * 2 ** (-step / STEPS_PER_OCTAVE) for step in steps], error_of)
+    steps = range(1 - COARSE_STEPS, COARSE_STEPS)
+    clip = _best([(coarse * 2 ** (-step / STEPS_PER_OCTAVE)).minimum(top) for step in steps], error_of)
     clip = torch.where(top > 0, clip, 1.0)
     return clip if channel_shape is not None else clip.reshape(())
+
+
+def _best(candidates: Sequence[Tensor], error_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of the candidates, entry by entry, the first with the least error."""
+    first, *others = candidates
+    best, least = first, error_of(first)
+    for candidate in others:
+        error = error_of(candidate)
+        best, least = candidate.where(error < least, best), error.minimum(least)
+    return best

@@ -124,8 +124,12 @@ def test_a_model_without_quantized_layers_is_refused():
 
 
 def test_a_weight_that_an_embedding_uses_too_is_refused():
-    model = _set_bits(_llama(tied=True, modules_to_not_convert=()))
-    with pytest.raises(ValueError, match=r"lm_head.weight is also model.embed_tokens.weight, which is not quantized"):
+    message = r"lm_head.weight is also model.embed_tokens.weight, which is not quantized"
+    with pytest.raises(ValueError, match=message):  # before anything is trained
+        _llama(tied=True, modules_to_not_convert=())
+    model = _set_bits(_llama(modules_to_not_convert=()))
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match=message):
         pack_model_(model)
 
 

@@ -49,6 +49,16 @@ def test_a_broken_step_in_any_stage_leaves_no_trace(name, caplog):
     assert "NaN or inf" in caplog.text
 
 
+def test_a_step_without_any_gradient_is_refused():
+    """Groups would go by their numbers: nothing was said of them."""
+    model = prepared()
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    model(**batch(0)).loss.backward()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"call step\(\) after backward\(\) and before zero_grad\(\)"):
+        optimizer.step()
+
+
 def test_a_run_of_broken_steps_ends_with_what_to_do():
     model = prepared()
     optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)

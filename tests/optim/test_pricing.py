@@ -168,14 +168,16 @@ def test_forcing_fewer_bits_in_a_layer_keeps_more_of_its_channels():
     assert with_few_bits[start : start + size].sum() < chosen[start : start + size].sum()
 
 
-def test_a_cap_on_groups_is_spent_where_it_saves_enough():
+@pytest.mark.parametrize("divisible", [1, 8, 12])
+def test_a_cap_on_groups_is_spent_where_it_saves_enough(divisible):
     """The cheap groups of a cheap layer would use up the cap and leave the budget out of reach."""
-    _, optimizer = started(dataclasses.replace(BUDGET, weight_bits=(8, 8), activation_bits=(8, 8), target_bops=0.05))
+    config = dataclasses.replace(BUDGET, weight_bits=(8, 8), activation_bits=(8, 8), target_bops=0.05)
+    _, optimizer = started(dataclasses.replace(config, group_divisible=divisible))
     pricing = optimizer.targets
     sizes, kinds = pricing.space.axis_sizes, pricing.space.axis_kinds
     cheap = [axis for axis, kind in enumerate(kinds) if kind == "attention_head"]
     rises = torch.cat([torch.full((size,), 1e-6 if axis in cheap else 1.0) for axis, size in enumerate(sizes)])
-    for cap in (8, 16, 24):
+    for cap in (8, 16, 20, 24):
         pricing.most_removed = cap
         everything = torch.zeros(len(rises), dtype=torch.bool)
         best = pricing._solve(

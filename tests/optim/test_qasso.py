@@ -1,6 +1,7 @@
 """QASSO over whole runs of a real (tiny) vision transformer: what it promises at every step, and at the end."""
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -192,6 +193,25 @@ def test_a_resumed_run_equals_the_uninterrupted_run(stop, changes):
         assert torch.equal(p, q), name
 
 
+def test_a_run_resumes_on_a_model_that_was_prepared_on_another_batch():
+    """Which grids are signed comes with the model's state, after the optimizer was made."""
+    model = prepared()
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(45)))
+    states = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    list(train(model, optimizer, range(45, TOTAL_STEPS)))
+    other = {"pixel_values": batch(0)["pixel_values"].abs()}
+    resumed = prepare_model(tiny_vit().train(), CONFIG, other)
+    second = create_optimizer(resumed, OPTIMIZERS["adamw"](resumed.parameters()), TOTAL_STEPS)
+    assert not torch.equal(second.widths.signed, optimizer.widths.signed)
+    resumed.load_state_dict(states[0])
+    second.load_state_dict(states[1])
+    list(train(resumed, second, range(45, TOTAL_STEPS)))
+    assert torch.equal(second.widths.bits(), optimizer.widths.bits())
+    for (name, p), q in zip(model.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_a_mix_of_one_saliency_is_a_run_with_that_saliency():
     models = []
     for changes in ({"saliency": "fisher"}, {"saliency": "mix", "saliency_weights": [0, 0, 2]}):
@@ -225,7 +245,8 @@ def test_a_learning_rate_of_zero_still_reaches_the_targets():
 def test_parameter_groups_of_any_shape_are_kept():
     """Groups with as many tensors of other shapes: comparing them by value would fail."""
     model = prepared()
-    groups = [{"params": [model.classifier.weight]}, {"params": [model.vit.layernorm.weight], "lr": 1e-3}]
+    norm = model.vit.layernorm.weight
+    groups = [{"params": [p for p in model.parameters() if p is not norm]}, {"params": [norm], "lr": 1e-3}]
     optimizer = create_optimizer(model, torch.optim.SGD(groups, lr=0.1), TOTAL_STEPS)
     assert optimizer.param_groups is optimizer.base.param_groups
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 1e-3, CONFIG.quantizer_learning_rate]
@@ -240,6 +261,66 @@ def test_quantizers_have_their_own_rate_and_no_decay():
     names = {id(p): n for n, p in model.named_parameters()}
     assert all("quantizer" in names[id(p)] for p in group["params"])
     assert not any("quantizer" in names[id(p)] for other in others for p in other["params"])
+
+
+@pytest.mark.parametrize("given", [{"lr": None}, {"lr": 1e-2, "relative_step": False}], ids=str)
+def test_adafactors_own_step_sizes_are_not_for_quantizers(given):
+    """They are relative to the parameter, which is a logarithm here: a rate of 1e-2 would move ln d by 0.1."""
+    model = prepared()
+    optimizer = create_optimizer(model, Adafactor(model.parameters(), **given), TOTAL_STEPS)
+    before = optimizer.widths.log_step_size()
+    list(train(model, optimizer, range(1)))
+    assert 0 < (optimizer.widths.log_step_size() - before).abs().max() < 2 * CONFIG.quantizer_learning_rate
+
+
+class Averaging(torch.optim.Optimizer):
+    """Trains y and evaluates the mean x of all y, as schedule-free optimizers do: the parameters are y or x by mode."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1, "steps": 0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["steps"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad)
+                    mean = self.state[p].setdefault("mean", p.clone())
+                    mean.lerp_(p, 1 / group["steps"])
+
+    @torch.no_grad()
+    def exchange(self):
+        for p, state in self.state.items():
+            other = state["mean"].clone()
+            state["mean"].copy_(p)
+            p.copy_(other)
+
+    train = eval = exchange
+
+
+@pytest.mark.parametrize("steps", [3, 12, 24, TOTAL_STEPS])
+def test_zeros_and_widths_hold_in_both_modes_of_a_base_optimizer(steps):
+    model = prepared()
+    optimizer = create_optimizer(model, Averaging(model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(steps)))
+    removed = int(optimizer.removed.sum())
+    assert (steps >= TOTAL_STEPS) == (removed == optimizer.groups_to_remove)
+    for change in (optimizer.eval, optimizer.train):
+        before = model.classifier.weight.clone()
+        change()
+        assert not torch.equal(model.classifier.weight, before)
+        assert sum(map(len, model.geta.qadg.zero_groups(model).values())) == removed
+        if optimizer.final_bits is not None:
+            torch.testing.assert_close(optimizer.widths.bits(), optimizer.final_bits, rtol=0, atol=BITS_TOLERANCE)
+
+
+def test_a_run_whose_last_periods_were_skipped_does_not_end_without_a_word(caplog):
+    model = prepared(dataclasses.replace(CONFIG, joint_steps=0.65, warmup_steps=0.1, projection_steps=0.2))
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(TOTAL_STEPS - 5)))
+    finalize_model(model)
+    assert f"{int(optimizer.removed.sum())} of {optimizer.groups_to_remove} groups are removed" in caplog.text
 
 
 def test_a_run_without_pruning_keeps_every_group():
@@ -351,8 +432,20 @@ def test_frozen_parameters_are_neither_pruned_nor_written():
     assert optimizer.removed.sum() == optimizer.groups_to_remove == (4 + 24) // 2  # of the second layer alone
     assert all(torch.equal(parameter, before[name]) for name, parameter in frozen.items())
     model.requires_grad_(False)
-    with pytest.raises(ValueError, match="frozen parameter"):
+    with pytest.raises(ValueError, match="does not train"):
         create_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1), TOTAL_STEPS)
+
+
+def test_what_is_in_no_group_of_the_optimizer_is_not_pruned():
+    """Nobody clears its gradients: scores would be sums over the whole run."""
+    model = prepared()
+    left_out = {name: p for name, p in model.named_parameters() if ".layers.0." in name and "quantizer" not in name}
+    before = {name: parameter.clone() for name, parameter in left_out.items()}
+    others = [p for p in model.parameters() if not any(p is q for q in left_out.values())]
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](others), TOTAL_STEPS)
+    list(train(model, optimizer, range(TOTAL_STEPS)))
+    assert optimizer.removed.sum() == optimizer.groups_to_remove == (4 + 24) // 2  # of the second layer alone
+    assert all(torch.equal(parameter, before[name]) for name, parameter in left_out.items())
 
 
 def test_the_first_decision_has_seen_a_gradient():

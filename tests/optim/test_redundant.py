@@ -5,7 +5,9 @@ import torch
 
 from hf_geta import GETAConfig, create_optimizer
 from hf_geta.optim import redundant
+from hf_geta.optim.widths import WidthTable
 from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.quantizers import Quantizer
 from tests.optim import test_block_runs
 from tests.optim.test_qasso import CONFIG, TOTAL_STEPS, prepared, train
 from tests.quantization.random_blocks import draw_multipliers_
@@ -43,6 +45,19 @@ def test_a_run_in_small_chunks_ends_as_one_in_large(granularity, monkeypatch):
         ended.append(model.state_dict())
     for name, expected in ended[0].items():
         torch.testing.assert_close(ended[1][name], expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (1, 8), (8, 8)])
+def test_entries_of_a_layer_with_one_channel_are_known_by_it(shape):
+    """Of a Conv1D with one output all dimensions of the scale are 1: none of them tells the channels' own."""
+    weight, quantizer = torch.nn.Parameter(torch.randn(shape)), Quantizer((1, shape[1]))
+    quantizer.initialize_(weight, 4)
+    index = torch.arange(weight.numel())
+    entries = redundant.RedundantEntries([weight], [index], [0], WidthTable([quantizer]))
+    (chunk,), grids = entries.chunks, entries.grids()
+    clipped, residual = chunk.split_quantized(chunk.gather(), grids)
+    expected = quantizer(weight).detach().flatten()
+    torch.testing.assert_close(clipped + grids.step_size * residual, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", test_block_runs.FAMILIES)

@@ -112,6 +112,8 @@ def test_values_that_are_not_finite_are_refused_with_the_name_of_the_layer(value
     with pytest.raises(ValueError, match=r"input of head contains NaN or infinite"):
         calibrate_(model, [batch()])
     assert model.training
+    assert model.norm.num_batches_tracked == 0  # or the next attempt would take it for a trained one
+    assert not model.norm.running_mean.any()
     assert model.conv.weight_quantizer.enabled
     assert not model.conv._forward_pre_hooks
 

@@ -28,8 +28,19 @@ def test_no_other_clip_errs_less_up_to_the_grid_of_the_search(bits):
         assert best <= 1.02 * error(w, ratio * w.abs().max(), bits)  # clips of the search lie 8 % apart
 
 
+@pytest.mark.parametrize("largest", [5.0, 15.0, 25.0])
+def test_one_weight_far_larger_than_all_others_does_not_hide_the_best_clip(largest):
+    """From its size downwards the error rises first: all others round to zero anyway."""
+    w = weight(256, 256)
+    w[3, 3] = largest
+    best = error(w, least_squares_clip(w, 2), 2)
+    for ratio in torch.logspace(0, -4, 41, base=2):
+        assert best <= 1.02 * error(w, ratio * w.abs().max(), 2)
+
+
 def test_every_channel_has_the_clip_that_it_would_have_alone():
     w = weight(6, 50) * torch.logspace(-2, 0, 6)[:, None]
+    w[2, 0] = 0.5
     clips = least_squares_clip(w, 3, (6, 1))
     assert clips.shape == (6, 1)
     for row, clip in zip(w, clips):

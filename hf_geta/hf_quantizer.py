@@ -206,17 +206,17 @@ def _check_loaded(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None
                 f"{name} has shape {list(tensor.shape)} in the checkpoint's file, and {list(shapes[name])} by its "
                 "config.json: the two are not from one save; get them again."
             )
-    if hasattr(model, "hf_device_map"):
-        return  # spread over devices, where tensors are replaced and lose the mark
+    is_spread = hasattr(model, "hf_device_map")  # over devices, where tensors are replaced and lose the mark
     for layer_name, layer in _packed_layers(model):
         for name, buffer in layer._buffers.items():
             if name in layer._non_persistent_buffers_set:
                 continue
-            if buffer is None or not getattr(buffer, "_is_hf_initialized", False):
+            if buffer is None or not (is_spread or getattr(buffer, "_is_hf_initialized", False)):
                 raise ValueError(f"{layer_name}.{name} is not in the checkpoint's file: get the file again.")
-            if name == "step_size" and not (buffer.isfinite() & (buffer > 0)).all():
+            if name == "step_size" and not buffer.is_meta and not (buffer.isfinite() & (buffer > 0)).all():
                 raise ValueError(f"{layer_name}.{name} is not finite and positive: the file is damaged, get it again.")
-        if (units := layer.units_of_blocks()) is not None and int(units.max()) > layer.highest_multiplier:
+        units = layer.units_of_blocks()
+        if units is not None and not units.is_meta and int(units.max()) > layer.highest_multiplier:
             raise ValueError(
                 f"{layer_name}.block_multipliers go past {layer.highest_multiplier}, the highest at "
                 f"{layer.manifest.bits} bits: the file is damaged, get it again."

@@ -261,6 +261,13 @@ def test_a_model_spread_over_places_computes_and_saves_the_same(granularity, tmp
     assert torch.equal(logits(loaded, inputs), logits(model, inputs))
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(model, tmp_path / "again"), inputs), logits(model, inputs))
+    file = tmp_path / "saved" / "model.safetensors"
+    tensors = load_file(file)
+    damaged = "model.layers.1.mlp.up_proj.step_size"
+    if damaged in tensors:
+        save_file({**tensors, damaged: tensors[damaged] * math.nan}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{damaged} is not finite and positive"):
+            type(model).from_pretrained(tmp_path / "saved", device_map=places, offload_folder=tmp_path / "offload")
 
 
 @pytest.mark.parametrize("family", ["vit", "llama, tied", "gpt2"])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 WEIGHTS_PATTERN = "model*.safetensors*"  # a file of weights, its shards and their index
+PARTIAL = ".partial"
 
 
 def check_writable(directory: str) -> None:
@@ -25,24 +26,34 @@ def check_writable(directory: str) -> None:
         raise ValueError(f"output_dir={directory!r} cannot be written ({error}): choose another folder.") from error
 
 
-def replace_files(directory: Path, write: Callable[[Path], None]) -> None:
+def replace_files(directory: Path, write: Callable[[Path], None], owned: str = WEIGHTS_PATTERN) -> None:
     """Fill `directory` with what `write` puts into the empty folder that it is handed.
 
     A new directory appears whole or not at all. In one that exists, each file is replaced whole, one right after the
-    other, weights of an earlier save that the new one does not have are removed, and other files (checkpoints of the
-    run) stay. If `write` raises, or the disk is full, `directory` is as it was. A process killed between two of the
+    other, `owned` files of an earlier save that the new one does not have are removed, and other files (checkpoints of
+    the run) stay. If `write` raises, or the disk is full, `directory` is as it was. A process killed between two of the
     renames leaves files of two saves, which the loader refuses where their shapes or widths differ.
 
+    Args:
+        owned: a pattern of names: of all files that such a save writes, or any other form of the same.
+
     Raises:
-        OSError: if the parent folder cannot be written.
+        OSError: if the folder, or the parent of a new one, cannot be written.
     """
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    is_new = not directory.exists()
+    # inside of one that exists: it may be a mount, or its parent not ours to write
+    place = directory.parent if is_new else directory
+    prefix = f".{directory.name}."
+    if not is_new:
+        for left in directory.glob(f"{prefix}*{PARTIAL}"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=prefix, suffix=PARTIAL, dir=place))
     try:
         write(partial)
-        _copy_mode(directory.parent, partial)
-        if not directory.exists():
+        if is_new:
+            _copy_mode(directory.parent, partial)
             partial.rename(directory)
             return
         written = sorted(path.name for path in partial.iterdir())
@@ -51,7 +62,7 @@ def replace_files(directory: Path, write: Callable[[Path], None]) -> None:
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(partial / name, target)
-        for stale in directory.glob(WEIGHTS_PATTERN):
+        for stale in directory.glob(owned):
             if stale.name not in written:
                 stale.unlink()
     finally:

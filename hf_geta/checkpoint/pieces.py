@@ -26,20 +26,33 @@ MODEL, OPTIMIZER = "model", "optimizer"
 
 
 def piece_files(folder: Path, kind: str) -> list[str]:
-    """The names of the files that one save of `kind` wrote, one for each of its processes; [] if there was none."""
-    first = next(folder.glob(f"{kind}_piece_*_of_*.safetensors"), None)
-    if first is None:
-        return []
-    processes = first.stem.rpartition("_")[2]
-    return [_file_name(kind, process, processes) for process in range(int(processes) if processes.isdecimal() else 1)]
+    """The names of the files that one save of `kind` wrote, one for each of its processes; [] if there was none.
+
+    Where some are not there, at least one of these is among the names.
+
+    Raises:
+        ValueError: if files of two saves are there.
+    """
+    found = [path.stem.rpartition("_")[2] for path in folder.glob(_file_name(kind, "*", "*"))]
+    if len(set(found)) > 1:
+        raise ValueError(f"{folder} has files {kind}_piece_* of several saves, by {', '.join(set(found))} processes.")
+    processes = int(found[0]) if found and found[0].isdecimal() else len(found)
+    return [_file_name(kind, process, processes) for process in range(min(processes, len(found) + 1))]
 
 
-def _file_name(kind: str, process: int, processes: int | str) -> str:
+def _file_name(kind: str, process: int | str, processes: int | str) -> str:
     return f"{kind}_piece_{process}_of_{processes}.safetensors"
 
 
 def write_pieces(folder: Path, kind: str, tensors: Mapping[str, Tensor], process: int, processes: int) -> None:
-    """Write the parts of the tensors that this process holds, into a file of its own; every process calls it."""
+    """Write the parts of the tensors that this process holds, into a file of its own; every process calls it.
+
+    Those of an earlier save by another number of processes are removed.
+    """
+    if process == 0:
+        for path in folder.glob(_file_name(kind, "*", "*")):
+            if not path.stem.endswith(f"_of_{processes}"):
+                path.unlink()
     held, parts = {}, {}
     for name, tensor in tensors.items():
         dim = cut_dim(tensor)

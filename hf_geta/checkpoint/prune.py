@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_geta.checkpoint.own_config import own_config
 from hf_geta.quantization.blocks import Blocks
 from hf_geta.quantization.layers import QuantizedLayer
 
@@ -96,7 +96,7 @@ def set_attributes_(model: nn.Module, attributes: Mapping[str, int]) -> None:
         for step in steps:
             child = getattr(owner, step, None)
             if child is not None and not isinstance(child, nn.Module):
-                child = copy.copy(child)
+                child = own_config(child)
                 setattr(owner, step, child)
             owner = child
         if not isinstance(getattr(owner, name, None), int):
@@ -149,5 +149,5 @@ def _update_experts_(module: nn.Module) -> None:
         return
     stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
     if any(size % ROWS_PER_LINE for stack in stacks for size in stack.shape[1:]):
-        module.config = copy.copy(config)  # type: ignore[assignment]
+        module.config = own_config(config)
         module.config._experts_implementation_internal = "eager"  # type: ignore[union-attr]

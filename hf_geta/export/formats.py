@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from hf_geta.checkpoint.directory import replace_files
+from hf_geta.checkpoint.directory import WEIGHTS_PATTERN, replace_files
 from hf_geta.checkpoint.models import load_model
 from hf_geta.export.compressed_tensors import write_compressed_tensors
 from hf_geta.export.dense import write_dense
@@ -29,14 +29,25 @@ FORMATS: dict[str, Writer] = {
     "gguf": write_gguf,
 }
 
+# Which files of an earlier export are gone after the next one of its kind; other formats in the same folder stay.
+WRITTEN = {"onnx": "model.onnx*", "gguf": "model.gguf"}
+
 # What a processor saves beside a model: text and images go in the same way, whatever the model's format.
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
+    "*vocab*.*",
     "merges.txt",
     "*.model",
+    "*.spm",
+    "*.tokenizer",
+    "bpe.codes",
+    "normalizer.json",
+    "word_shape.json",
+    "word_pronunciation.json",
+    "emoji.json",
+    "byte_maps.json",
     "chat_template*",
     "*processor_config.json",
 )
@@ -62,11 +73,12 @@ def export_checkpoint(source: str | Path, target: str | Path, form: str, dtype: 
     if target.resolve() == source.resolve():
         raise ValueError(f"{target}: this would overwrite the checkpoint itself; give another folder.")
     model = load_model(source, dtype=dtype).eval()
-    replace_files(target, lambda folder: _write(FORMATS[form], model, source, folder))
+    owned = WRITTEN.get(form, WEIGHTS_PATTERN)
+    replace_files(target, lambda folder: _write(FORMATS[form], model, source, folder), owned)
 
 
 def _write(write: Writer, model: PreTrainedModel, source: Path, folder: Path) -> None:
     for pattern in COMPANIONS:
-        for file in source.glob(pattern):
+        for file in filter(Path.is_file, source.glob(pattern)):
             shutil.copy(file, folder)
     write(model, folder)

@@ -26,6 +26,9 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     """The tokens, merges, special tokens and chat template of the tokenizer in `folder`, filled up to `size` tokens.
 
     Where there is none, or llama.cpp has no name for how it splits text, the file takes token ids only.
+
+    Raises:
+        ValueError: if it has a token that the model has no row for.
     """
     import gguf
 
@@ -36,6 +39,14 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
         logger.warning("No tokenizer is in the GGUF file, which takes token ids only: %s.", why)
         writer.add_tokenizer_model("no_vocab")
         return
+    last = max(
+        [*tokenizer["model"]["vocab"].values(), *(added["id"] for added in tokenizer["added_tokens"])], default=-1
+    )
+    if last >= size:
+        raise ValueError(
+            f"tokenizer.json has a token {last}, and the model's vocab_size={size} no row for it: give the tokenizer "
+            "that belongs to the model, or resize_token_embeddings before training."
+        )
     tokens = [f"[PAD{i}]" for i in range(size)]
     kinds = [gguf.TokenType.UNUSED] * size
     for token, i in tokenizer["model"]["vocab"].items():

@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from hf_geta.graph.integers import Attribute, Equation
 from hf_geta.graph.recording import IntegerRecorder, trace_attributes_
-from hf_geta.graph.tracing import Trace, export, named_tensors, trace_concretely
+from hf_geta.graph.tracing import Trace, export, named_tensors, repeated_keys, trace_concretely
 from hf_geta.quantization.quantizers import Quantizer
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def _capture(model: nn.Module, inputs: Mapping[str, Any], trace: Callable[..., T
             module.blocks = None  # which inputs share a multiplier ties no groups: what is left is divided anew
     recorder = IntegerRecorder()
     attributes = trace_attributes_(twin, recorder.equalities)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), recorder:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), recorder, repeated_keys():
         warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # a cache on a copy that goes away
         traced = trace(twin, inputs)
     names = named_tensors(model)

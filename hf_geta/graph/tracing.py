@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from transformers.integrations import sdpa_attention
 
 TALKERS = ("torch._subclasses.fake_tensor", "torch.export", "torch.fx.experimental.symbolic_shapes")
 CONSTANT, INPUT, OUTPUT = "a constant of the forward", "an input of the model", "an output of the model"
@@ -88,6 +89,21 @@ def _module_stack(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def repeated_keys() -> Iterator[None]:
+    """While active, keys are repeated for grouped queries, as they are beside a mask and in eager attention.
+
+    Without a mask, which transformers leaves out where nothing is padded, attention is told to repeat them itself: a
+    trace would not see how many queries a module counts for each key.
+    """
+    original = sdpa_attention.use_gqa_in_sdpa
+    sdpa_attention.use_gqa_in_sdpa = lambda *_, **__: False
+    try:
+        yield
+    finally:
+        sdpa_attention.use_gqa_in_sdpa = original
 
 
 @contextlib.contextmanager

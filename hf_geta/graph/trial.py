@@ -146,7 +146,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def other_inputs(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The inputs with another batch and, where there are tokens, another length."""
+    """The inputs with another batch, where there are tokens another length, and padded where there is a mask."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
     lengths = {value.shape[1] for value in tensors.values() if value.ndim == 2 and not value.is_floating_point()}
     longer = {name: torch.cat((value, value)) for name, value in tensors.items()}
@@ -160,6 +160,11 @@ def other_inputs(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             },
         }
     yield {**inputs, **longer}
+    mask = tensors.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        padded = mask.clone()
+        padded[0, -max(1, mask.shape[1] // 3) :] = 0
+        yield {**inputs, "attention_mask": padded}
 
 
 def describe_error(error: BaseException) -> str:

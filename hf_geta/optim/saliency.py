@@ -39,8 +39,8 @@ def observe(first_order: Tensor, kinds: Sequence[str]) -> Tensor:
 def memory(schedule: Schedule) -> float:
     """What a decision leaves of the sums to the next one, in [0, 1): nothing where periods are long enough.
 
-    Where decisions follow each other faster, sums that are multiplied by this number hold `REMEMBERED_STEPS`, weighted
-    towards the present.
+    Where decisions follow each other faster, sums that are multiplied by this number come to hold `REMEMBERED_STEPS`,
+    weighted towards the present; what was seen before the first decision counts in full, and fades from then on.
     """
     return max(1 - schedule.joint_steps / schedule.pruning_periods / REMEMBERED_STEPS, 0.0)
 

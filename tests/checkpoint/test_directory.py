@@ -39,6 +39,28 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, exists):
     assert not exists or contents(out) == {"x": "old"}
 
 
+def test_a_folder_that_exists_needs_nothing_of_its_parent(tmp_path):
+    """It may be a mount, to which nothing can be renamed from outside, or its parent not writable."""
+    out, places = tmp_path / "out", []
+
+    def write(folder):
+        places.append(folder.parent)
+        (folder / "x").write_text("1")
+
+    replace_files(out, write)
+    (out / ".out.killed.partial").mkdir()
+    replace_files(out, write)
+    assert places == [tmp_path, out]
+    assert [path.name for path in out.iterdir()] == ["x"]
+
+
+def test_what_counts_as_an_earlier_save_is_the_callers_to_say(tmp_path):
+    out = tmp_path / "out"
+    replace_files(out, write_files(model__safetensors="dense", model__onnx="old", model__onnx__data="old"))
+    replace_files(out, write_files(model__onnx="new"), "model.onnx*")
+    assert contents(out) == {"model.safetensors": "dense", "model.onnx": "new"}
+
+
 def test_stale_weights_go_and_other_files_stay(tmp_path):
     replace_files(tmp_path / "out", write_files(**{"model-00001-of-00002__safetensors": "old", "notes": "mine"}))
     (tmp_path / "out" / "checkpoint-10").mkdir()

@@ -83,6 +83,22 @@ def test_the_format_is_this(tmp_path):
     assert data[1] == bytes.fromhex("00000040")  # 2.0
 
 
+def test_a_later_save_by_other_processes_is_the_one_that_is_read(tmp_path):
+    write(tmp_path, 3)
+    write(tmp_path, 3, OPTIMIZER)
+    write(tmp_path, 2)
+    assert piece_files(tmp_path, MODEL) == ["model_piece_0_of_2.safetensors", "model_piece_1_of_2.safetensors"]
+    assert len(piece_files(tmp_path, OPTIMIZER)) == 3
+    (tmp_path / "model_piece_1_of_2.safetensors").rename(tmp_path / "model_piece_1_of_3.safetensors")
+    with pytest.raises(ValueError, match="of several saves"):
+        piece_files(tmp_path, MODEL)
+
+
+def test_a_name_with_a_huge_number_costs_nothing(tmp_path):
+    (tmp_path / f"model_piece_0_of_{10**12}.safetensors").touch()
+    assert not all((tmp_path / name).exists() for name in piece_files(tmp_path, MODEL))
+
+
 def test_a_piece_of_another_save_is_not_taken_for_one_of_this(tmp_path):
     write(tmp_path, 2)
     first, second = (tmp_path / name for name in piece_files(tmp_path, MODEL))

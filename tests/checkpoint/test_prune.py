@@ -1,13 +1,15 @@
 """Slicing and resizing: what is kept is the same numbers, and modules state the sizes that they have."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, Phi3Config, Phi3ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from hf_geta import build_qadg
 from hf_geta.checkpoint.prune import resize_, set_attributes_, slice_
 from hf_geta.config import GETAConfig
 from hf_geta.quantization.layers import quantize_modules_
@@ -145,3 +147,25 @@ def test_names_that_the_model_does_not_have_are_refused():
     for path in ("0.heads", "1.heads", "0.config.heads", "0.weight"):
         with pytest.raises(ValueError, match=f"{path}: Sequential has no such int attribute"):
             set_attributes_(model, {path: 3})
+
+
+def test_a_module_with_sizes_of_its_own_still_runs_attention_as_it_is_told_to(tmp_path):
+    """Phi-3's layers read the number of their heads from the model's config."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
+    config = Phi3Config(hidden_size=32, vocab_size=50, max_position_embeddings=32, pad_token_id=0, **sizes)
+    model, inputs = Phi3ForCausalLM(config).eval(), {"input_ids": torch.arange(14).view(2, 7)}
+    qadg = build_qadg(model, inputs)
+    small = qadg.prune(model, {axis.name: [0] for axis in qadg.axes})
+    own = small.model.layers[0].self_attn.config
+    assert (own.num_attention_heads, small.config.num_attention_heads) == (2, 4)
+    small.save_pretrained(tmp_path)
+    loaded = Phi3ForCausalLM.from_pretrained(tmp_path).eval()
+    for twin in (small, loaded, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        before = twin(**inputs).logits
+        twin.set_attn_implementation("eager")
+        output = twin(**inputs, output_attentions=True)
+        assert [attention.shape[1] for attention in output.attentions] == [2, 2]
+        torch.testing.assert_close(output.logits, before)
+        twin.set_attn_implementation("sdpa")
+        assert {layer.self_attn.config._attn_implementation for layer in twin.model.layers} == {"sdpa"}

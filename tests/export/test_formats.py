@@ -87,11 +87,12 @@ def test_what_belongs_to_the_processor_goes_along_and_what_speaks_of_the_compres
 ):
     folder = tmp_path / "compressed"
     shutil.copytree(compressed[0], folder)
-    for name in ("preprocessor_config.json", "tokenizer.json", "README.md", "training_args.bin"):
+    for name in ("preprocessor_config.json", "tokenizer.json", "source.spm", "README.md", "training_args.bin"):
         (folder / name).write_text("{}")
+    (folder / "tokenizer").mkdir()
     export_checkpoint(folder, tmp_path / "out", "dense")
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"}
+    assert written == {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "source.spm"}
 
 
 def test_folders_that_make_no_sense_are_refused(compressed, tmp_path):

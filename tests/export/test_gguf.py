@@ -140,6 +140,19 @@ def test_the_tokenizer_goes_into_the_file(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf")(text)["input_ids"] == expected
 
 
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    size = save_tokenizer(tmp_path, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    with pytest.raises(ValueError, match=rf"a token {size - 1}, and the model's vocab_size={size - 1}"):
+        exported(llama(vocab_size=size - 1), tmp_path)
+
+
+def test_other_formats_in_the_same_folder_stay(tmp_path):
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.safetensors").write_text("of an export before")
+    exported(llama(), tmp_path)
+    assert {"model.safetensors", "model.gguf"} <= {path.name for path in (tmp_path / "gguf").iterdir()}
+
+
 def test_a_tokenizer_that_llama_cpp_has_no_name_for_stays_out_with_a_warning(tmp_path, caplog):
     size = save_tokenizer(tmp_path, pre_tokenizers.Whitespace())
     _, reader = exported(llama(vocab_size=size), tmp_path)

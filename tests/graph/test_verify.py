@@ -1,5 +1,6 @@
 """What was found is tried: a wrong search space never gets to training, and what fails takes nothing else along."""
 
+import copy
 import dataclasses
 import logging
 
@@ -12,6 +13,9 @@ from hf_geta import build_qadg, verify_qadg
 from hf_geta.graph import build, capture
 from hf_geta.graph.rules import registry, rule
 from hf_geta.graph.trial import failing, other_inputs
+from tests.zoo.cases import all_cases
+from tests.zoo.cases import build as zoo_model
+from tests.zoo.law import randomize_
 
 ROW = {"x": torch.randn(2, 7, 5)}
 
@@ -196,3 +200,22 @@ class Steep(Layers):
 def test_rounding_is_no_reason_to_freeze():
     model = Steep(nn.Identity()).eval()
     assert [axis.size for axis in build_qadg(model, ROW).axes] == [12, 10]
+
+
+def test_a_model_traced_along_one_path_is_right_on_padded_batches_and_under_eager_attention():
+    """Without a mask attention repeats the keys by itself, and no operator tells how many queries each has."""
+    (case,) = (case for case in all_cases({"dbrx"}) if "Causal" in case.model_class)
+    model = zoo_model(case)
+    randomize_(model)
+    inputs = {"input_ids": torch.randint(1, 20, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
+    qadg = build_qadg(model, inputs)
+    removed = {axis.name: [0] for axis in qadg.axes}
+    assert any("head" in axis.kind for axis in qadg.axes)
+    masked, pruned = copy.deepcopy(model), qadg.prune(model, removed)
+    qadg.zero_(masked, removed)
+    inputs["attention_mask"][0, :3] = 0
+    for implementation in ("sdpa", "eager"):
+        for one in (masked, pruned):
+            one.set_attn_implementation(implementation)
+        with torch.no_grad():
+            torch.testing.assert_close(pruned(**inputs).logits, masked(**inputs).logits, rtol=1e-4, atol=1e-4)

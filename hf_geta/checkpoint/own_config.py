@@ -27,7 +27,7 @@ def own_config(config: Any) -> Any:
 
 
 @functools.cache
-def _class_of(kind: type) -> type:
+def _class_of(kind: Any) -> Any:
     """The class of copies of configs of a kind; since no module has it, the copies say how they are made."""
     attention = property(
         lambda self: getattr(vars(self)[SHARED], ATTENTION),
@@ -41,5 +41,4 @@ def _reduce(own: Any, protocol: int) -> tuple[Any, ...]:
 
 
 def _empty(kind: type) -> Any:
-    made = _class_of(kind)
-    return made.__new__(made)
+    return object.__new__(_class_of(kind))

@@ -22,7 +22,8 @@ def own_config(config: Any) -> Any:
     if ATTENTION in vars(config):
         del vars(own)[ATTENTION]
         vars(own)[SHARED] = config
-        own.__class__ = _class_of(type(config))
+        kind: Any = type(config)
+        own.__class__ = _class_of(kind)
     return own
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,22 @@ class Piece:
     index: Tensor
 
 
+class Channels(NamedTuple):
+    """The channels of a segment's part that is here, and how an entry's follows from its flat index.
+
+    Attributes:
+        log_scale: (channels,) ln s.
+        stride: how many entries lie between two of them.
+    """
+
+    log_scale: Tensor
+    stride: int
+
+    def scale_of(self, scales: Tensor, index: Tensor) -> Tensor:
+        """What `scales`, (channels,), has for the channels of the entries at `index`."""
+        return scales[index // self.stride % max(scales.numel(), 1)]
+
+
 class RedundantEntries:
     """Segments of a flat vector, one per parameter that holds redundant entries.
 
@@ -86,17 +103,17 @@ class RedundantEntries:
         parameters = [space.parameters[i] for i in entries.parameters]
         return cls(parameters, entries.indices, [rows[i] for i in entries.parameters], widths)
 
-    def _channels(self, segment: int, row: int) -> tuple[Tensor, int] | None:
-        """(the log scales of the channels that are here, entries between two channels); None with one grid."""
+    def _channels(self, segment: int, row: int) -> Channels | None:
+        """The channels that are here; None with one grid."""
         log_scale = None if row < 0 else self.widths.quantizers[row].log_channel_scale
         if log_scale is None:
             return None
         channel_dim = next((dim for dim, size in enumerate(log_scale.shape) if size > 1), None)
         if channel_dim is None:  # of one channel
-            return log_scale.detach().view(-1), 1
+            return Channels(log_scale.detach().view(-1), 1)
         here = local_range(self.parameters[segment], channel_dim)
         scales = log_scale.detach().narrow(channel_dim, here.start, here.stop - here.start).view(-1)
-        return scales, math.prod(self.parameters[segment].shape[channel_dim + 1 :])
+        return Channels(scales, math.prod(self.parameters[segment].shape[channel_dim + 1 :]))
 
     def multipliers(self, piece: Piece) -> Tensor | None:
         """m of the blocks that these entries are in, (n,); None where the segment has no blocks."""
@@ -116,7 +133,7 @@ class RedundantEntries:
             self.widths.log_step_size().exp(),
             self.widths.log_clip_max().exp(),
             self.widths.exponent(),
-            [None if channels is None else channels[0].exp() for channels in self.channels],
+            [None if channels is None else channels.log_scale.exp() for channels in self.channels],
         )
 
     def gather(self) -> list[Tensor]:
@@ -195,8 +212,8 @@ class Chunk:
             scales, channels = grids.channel_scales[piece.segment], self.entries.channels[piece.segment]
             if scales is None or channels is None:
                 parts.append(values.new_ones(len(piece.index)))
-            else:  # an entry's channel follows from its index: it is not stored beside it
-                scale = scales[piece.index // channels[1] % max(scales.numel(), 1)]
+            else:
+                scale = channels.scale_of(scales, piece.index)
                 parts.append(scale if (m := self.entries.multipliers(piece)) is None else scale * m)
         return torch.cat(parts)
 

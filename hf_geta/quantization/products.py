@@ -103,26 +103,30 @@ class _QuantizedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *scalars = ctx.saved_tensors
         x_grid, weight_grid = _grids(scalars, ctx.signed)
-        product, needs = ctx.product, ctx.needs_input_grad[2:]  # x, weight, bias, d_x, q_x, d_w, q_w, t_w, s_w, blocks
+        product = ctx.product
+        needs_x, needs_weight, needs_bias, needs_x_step, needs_x_clip, *needs_weight_grid = ctx.needs_input_grad[2:]
         grad_x: Any = None
+        grad_weight: Any = None
         grad_bias: Any = None
-        x_grads: Any = (None, None)
-        weight_grads: Any = (None,) * 5
+        x_grid_grads: Any = (None, None)  # of d and q_m
+        weight_grid_grads: Any = (None,) * 4  # of d, q_m, t and s
         value: Any = x
         # Under autocast the product ran in the dtype of its result, whatever the operands are kept in.
-        if needs[0] or needs[3] or needs[4]:
+        if needs_x or needs_x_step or needs_x_clip:
             rounded_weight = kernels.forward(weight, weight_grid).to(grad.dtype)
             grad_x = product.grad_input(grad, x.to(grad.dtype), rounded_weight).to(x.dtype)
             if x_grid is not None:
-                value, (grad_x, *x_grads) = kernels.backward(grad_x, x, x_grid, keep_value=True, overwrite_grad=True)
+                value, grads = kernels.backward(grad_x, x, x_grid, keep_value=True, overwrite_grad=True)
+                grad_x, *x_grid_grads = grads[:3]
         elif x_grid is not None:
             value = kernels.forward(x, x_grid)
-        if needs[1] or any(needs[5:9]):
+        if needs_weight or any(needs_weight_grid):
             grad_weight = product.grad_weight(grad, value.to(grad.dtype), weight.to(grad.dtype)).to(weight.dtype)
-            weight_grads = kernels.backward(grad_weight, weight, weight_grid, overwrite_grad=True)[1]
-        if needs[2]:
+            grads = kernels.backward(grad_weight, weight, weight_grid, overwrite_grad=True)[1]
+            grad_weight, *weight_grid_grads = grads
+        if needs_bias:
             grad_bias = product.grad_bias(grad).to(ctx.bias_dtype)
-        return None, None, grad_x, weight_grads[0], grad_bias, *x_grads[:2], *weight_grads[1:], None, None
+        return None, None, grad_x, grad_weight, grad_bias, *x_grid_grads, *weight_grid_grads, None, None
 
 
 def _grids(scalars: Any, signed: bool) -> tuple[Grid | None, Grid]:

@@ -179,6 +179,8 @@ def check_law(model: PreTrainedModel, inputs: Mapping[str, Any], record: Record,
     if not record.pruned_error <= TOLERANCE and exact_distance(masked_model, small, inputs) > EXACT:
         record.stage = "wrong"
         raise ValueError(f"pruned and masked differ by {record.pruned_error:.1e}")
+    record.stage = "run otherwise"
+    check_other_uses(masked_model, small, inputs)
     record.moved = distance(dense, masked)
     try:
         check_loading(small, inputs, pruned, record)
@@ -191,6 +193,27 @@ def check_law(model: PreTrainedModel, inputs: Mapping[str, Any], record: Record,
         raise ValueError(f"removing moved the outputs by {record.moved:.1e} only")
     record.stage = "done"
     return record
+
+
+def check_other_uses(masked_model: PreTrainedModel, small: Any, inputs: Mapping[str, Any]) -> None:
+    """Padded batches and eager attention, which no trace has seen: equal wherever the masked model runs so."""
+    mask, padded = inputs.get("attention_mask"), dict(inputs)
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > 1:
+        padded["attention_mask"] = mask.clone()
+        padded["attention_mask"][0, -max(1, mask.shape[1] // 3) :] = 0
+    for implementation in ("sdpa", "eager"):
+        try:
+            masked, pruned = copy.deepcopy(masked_model), copy.deepcopy(small)
+            masked.set_attn_implementation(implementation)
+            pruned.set_attn_implementation(implementation)
+            expected = outputs(masked, padded)
+        except Exception:  # it has no such attention, or takes no padding
+            continue
+        if (
+            not distance(expected, outputs(pruned, padded)) <= TOLERANCE
+            and exact_distance(masked, pruned, padded) > EXACT
+        ):
+            raise ValueError(f"pruned and masked differ on a padded batch, with {implementation} attention")
 
 
 def check_loading(small: Any, inputs: Mapping[str, Any], pruned: Mapping[str, Tensor], record: Record) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from hf_geta.config_checks import MAX_BITS, MIN_BITS, check_config, parse_bytes
+from hf_geta.config_checks import MAX_BITS, MIN_BITS, check_config, parse_bytes, refuse_unknown
 
+SECTION = "geta"  # of a file that holds more than a GETAConfig
 DEFAULT_GROUP_SPARSITY = 0.5
 # the fields that bound widths of quantizers
 WIDTHS = ("weight_bits", "quantize_embeddings", "activation_bits", "outlier_activation_bits")
@@ -229,28 +231,52 @@ class GETAConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GETAConfig:
-        """A config from plain values.
+        """A config from plain values; 1e-3, which YAML reads as text, is a number.
 
         Raises:
             ValueError: for a key that is no field, naming the fields there are.
         """
-        fields = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(fields)):
-            raise ValueError(f"GETAConfig has no field {', '.join(unknown)}; its fields are {', '.join(fields)}.")
-        return cls(**values)
+        refuse_unknown("field of GETAConfig", values, [field.name for field in dataclasses.fields(cls)])
+        return cls(**with_numbers(values))
 
     @classmethod
     def from_file(cls, path: str | Path) -> GETAConfig:
         """A config from a YAML or JSON file: the whole file, or its `geta:` section if it has one."""
-        text = Path(path).read_text(encoding="utf-8")
-        if Path(path).suffix == ".json":
-            values = json.loads(text)
-        else:
-            import yaml  # with transformers always, but only YAML readers need it
-
-            values = yaml.safe_load(text) or {}
-        return cls.from_dict(values.get("geta", values))
+        values = read_values(path)
+        return cls.from_dict(values.get(SECTION, values) or {})
 
     def save(self, path: str | Path) -> None:
         """Write the config as JSON (which is YAML too)."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+# 1e-3 and 1.5e3, which YAML 1.1 takes for text
+_EXPONENTIAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def with_numbers(values: Any) -> Any:
+    """What YAML gives, with the numbers that it leaves as text: 1e-3."""
+    if isinstance(values, dict):
+        return {key: with_numbers(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return type(values)(map(with_numbers, values))
+    return float(values) if isinstance(values, str) and _EXPONENTIAL.fullmatch(values) else values
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The keys of a YAML or JSON file; its section `geta:`, if it has one, is a dictionary or None.
+
+    Raises:
+        ValueError: for what is no such file.
+    """
+    import yaml  # with transformers always, but only readers of files need it
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no YAML file of a run: {str(error).partition(chr(10))[0]}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict) or not isinstance(values.get(SECTION) or {}, dict):
+        raise ValueError(f"{path} is no run: it holds no keys, or no section {SECTION}:, as the files in configs/ do.")
+    return values

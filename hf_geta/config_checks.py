@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 GRANULARITIES = ("tensor", "channel", "block")
@@ -11,10 +13,24 @@ MIXED_SALIENCIES = SALIENCIES[:3]  # what "mix" mixes, in the order of `saliency
 OPTIONAL_AXES = ("query_head", "head_dim")  # kinds that are left alone unless they are asked for
 PARTS = ("qadg", "projection", "joint_rule")  # parts of the method that an ablation leaves out
 MIN_BITS, MAX_BITS = 2, 16
+SWITCHES = ("discrete_bits", "share_inputs", "uniform")
+NAMES = ("optional_axes", "without", "modules_to_not_convert")
+NUMBERS = (
+    "initial_bits",
+    "warmup_steps",
+    "projection_steps",
+    "joint_steps",
+    "quantizer_learning_rate",
+    "distillation_weight",
+    "distillation_temperature",
+    "distillation_hidden_weight",
+)
+COUNTS = ("bit_reduction", "pruning_periods", "min_groups", "group_divisible", "calibration_batches")
 
 
 def check_config(config: Any) -> None:
     """Refuse `config`, a GETAConfig, if any of its fields makes no sense, alone or beside the others."""
+    _check_types(config)
     _check_numbers(config)
     _check_bits("weight_bits", config.weight_bits, config.initial_bits)
     _check_bits("activation_bits", config.activation_bits, config.initial_bits)
@@ -52,18 +68,53 @@ def parse_bytes(text: str) -> int:
     return round(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
-def _check_numbers(config: Any) -> None:
-    for name in ("group_sparsity", "target_bops", "initial_bits", "warmup_steps", "projection_steps", "joint_steps"):
+def refuse_unknown(what: str, names: Iterable[Any], known: Sequence[str]) -> None:
+    """Refuse the first name that is not `known`, with the nearest and all known ones."""
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"unknown {what}: {name}{did_you_mean(name, known)} Known are: {', '.join(sorted(known))}."
+            )
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the known one that is near, if any."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else "."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_types(config: Any) -> None:
+    for name in SWITCHES:
+        if not isinstance(value := getattr(config, name), bool):
+            raise ValueError(f"{name}={value!r}: write True or False.")
+    for name in NAMES:
         value = getattr(config, name)
-        if not (isinstance(value, int | float) or (value is None and name in ("group_sparsity", "target_bops"))):
+        if value is None and name == "modules_to_not_convert":
+            continue
+        if not isinstance(value, tuple) or not all(isinstance(one, str) for one in value):
+            raise ValueError(f"{name}={value!r}: write a list of names.")
+    for name in (*NUMBERS, "group_sparsity", "target_bops"):
+        value = getattr(config, name)
+        if not _is_number(value) and (value is not None or name in NUMBERS):
             raise ValueError(f"{name}={value!r}: write a number.")
+
+
+def _check_numbers(config: Any) -> None:
     if config.group_sparsity is not None and not 0 <= config.group_sparsity < 1:
         raise ValueError(f"group_sparsity={config.group_sparsity}: a share in [0, 1); 0 keeps every group.")
     if not MIN_BITS <= config.initial_bits <= MAX_BITS:
         raise ValueError(f"initial_bits={config.initial_bits}: write a width from {MIN_BITS} to {MAX_BITS}.")
-    for name in ("bit_reduction", "pruning_periods", "min_groups", "group_divisible", "calibration_batches"):
-        if not isinstance(value := getattr(config, name), int) or value < 1:
-            raise ValueError(f"{name}={value}: write a whole number, 1 or more.")
+    for name in COUNTS:
+        if not _is_whole(value := getattr(config, name)) or value < 1:
+            raise ValueError(f"{name}={value!r}: write a whole number, 1 or more.")
     for name in ("warmup_steps", "projection_steps", "joint_steps"):
         value = getattr(config, name)
         if not (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
@@ -80,9 +131,9 @@ def _check_numbers(config: Any) -> None:
 def _check_bits(name: str, bits: Any, initial_bits: float) -> None:
     if bits is None:
         return
-    if not isinstance(bits, tuple) or len(bits) < 2 or not all(isinstance(b, int) for b in bits):
+    if not isinstance(bits, tuple) or len(bits) < 2 or not all(map(_is_whole, bits)):
         raise ValueError(
-            f"{name}={bits}: write two whole numbers, the lower and the upper width, such as (4, 8), or all widths "
+            f"{name}={bits!r}: write two whole numbers, the lower and the upper width, such as (4, 8), or all widths "
             "that are allowed, such as (2, 4, 8)."
         )
     lower, upper = bits[0], bits[-1]
@@ -108,7 +159,7 @@ def _check_outliers(config: Any) -> None:
             ", or drop it."
         )
     lower = config.activation_bits[-1] + 1
-    if not isinstance(bits, int) or not lower <= bits <= config.initial_bits:
+    if not _is_whole(bits) or not lower <= bits <= config.initial_bits:
         raise ValueError(
             f"outlier_activation_bits={bits!r}: write one width above activation_bits={config.activation_bits}, up to "
             f"initial_bits={config.initial_bits}; or drop it."
@@ -119,7 +170,7 @@ def _check_embeddings(config: Any) -> None:
     bits = config.quantize_embeddings
     if bits is None:
         return
-    if not isinstance(bits, int) or not MIN_BITS <= bits <= config.initial_bits:
+    if not _is_whole(bits) or not MIN_BITS <= bits <= config.initial_bits:
         raise ValueError(
             f"quantize_embeddings={bits!r}: write one width from {MIN_BITS} to initial_bits={config.initial_bits}."
         )
@@ -153,9 +204,10 @@ def _check_saliency_weights(saliency: str, weights: Any) -> None:
         return
     if saliency != "mix":
         raise ValueError(f"saliency_weights={weights} are parts of a mix: write saliency='mix', or drop them.")
-    if len(weights) != len(MIXED_SALIENCIES) or min(weights) < 0 or sum(weights) <= 0:
+    are_numbers = isinstance(weights, tuple) and all(map(_is_number, weights))
+    if not are_numbers or len(weights) != len(MIXED_SALIENCIES) or min(weights) < 0 or sum(weights) <= 0:
         raise ValueError(
-            f"saliency_weights={weights}: write three numbers, 0 or more, for {', '.join(MIXED_SALIENCIES)}."
+            f"saliency_weights={weights!r}: write three numbers, 0 or more, for {', '.join(MIXED_SALIENCIES)}."
         )
 
 

@@ -65,9 +65,9 @@ def load_model(arguments: ModelArguments, processor: Any, class_names: list[str]
     id2label = dict(enumerate(class_names))
     labels = {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
     if arguments.model_name_or_path is not None:
-        model = AutoModelForImageClassification.from_pretrained(
-            arguments.model_name_or_path, ignore_mismatched_sizes=True, dtype=arguments.dtype, **labels
-        )
+        options = {"ignore_mismatched_sizes": True, "dtype": arguments.dtype}
+        name = arguments.model_name_or_path
+        model = runs.load_to_train(AutoModelForImageClassification, name, **options, **labels)
         size = arguments.image_size
         return model if size in (None, getattr(model.config, "image_size", None)) else resize_positions(model, size)
 

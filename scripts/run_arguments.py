@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
 from hf_geta import GETAConfig
-
-GETA_SECTION = "geta"
+from hf_geta.config import SECTION, read_values
+from hf_geta.config_checks import refuse_unknown
 
 
 def parse_run(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -25,7 +23,8 @@ def parse_run(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None)
     The YAML file of `--config` holds the fields of all `dataclass_types` as flat keys, and those of GETAConfig in a
     section `geta:`. On the command line every field is a flag; a GETAConfig field whose name another dataclass has too
     is written with the prefix `geta_` (`--geta_warmup_steps`, beside TrainingArguments' `--warmup_steps`). Widths that
-    may be absent are `null` in the file and `none` as a flag (`--weight_bits none`).
+    may be absent are `null` in the file and `none` as a flag (`--weight_bits none`). What only evaluates a folder
+    (`--do_train false`) has that as its output_dir, unless there is a flag `--output_dir`.
 
     Args:
         argv: the command line; None takes the program's own.
@@ -43,21 +42,28 @@ def parse_run(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None)
     )
     if config_path.config is not None:
         parser.set_defaults(**_defaults_from_file(config_path.config, dataclass_types, flag_of))
-    unknown = [flag for flag in parser.parse_known_args(flags)[1] if flag.startswith("-")]
+    given, rest = parser.parse_known_args(flags)
+    if not given.do_train:  # a report of another model has no place in the folder of the file's run
+        parser.set_defaults(output_dir=_local_folder(given.model_name_or_path))
+    unknown = [flag for flag in rest if flag.startswith("-")]
     names = [field.name for kind in dataclass_types for field in dataclasses.fields(kind)] + list(flag_of.values())
-    _refuse_unknown("flag", [flag.lstrip("-").replace("-", "_") for flag in unknown], names)
+    refuse_unknown("flag", [flag.lstrip("-").replace("-", "_") for flag in unknown], names)
 
     *arguments, geta, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     values: dict[str, Any] = {name: getattr(geta, flag) for name, flag in flag_of.items()}
     values |= {name: None for name, value in values.items() if value == [None]}
-    return (*arguments, GETAConfig(**values))
+    return (*arguments, GETAConfig.from_dict(values))
+
+
+def _local_folder(name: str | None) -> str | None:
+    return name if name is not None and Path(name).is_dir() else None
 
 
 def _geta_flags(dataclass_types: Iterable[Any]) -> dict[str, str]:
     """GETAConfig field -> its flag."""
     taken = {field.name for kind in dataclass_types for field in dataclasses.fields(kind)}
     names = [field.name for field in dataclasses.fields(GETAConfig)]
-    return {name: f"{GETA_SECTION}_{name}" if name in taken else name for name in names}
+    return {name: f"{SECTION}_{name}" if name in taken else name for name in names}
 
 
 def _renamed_geta_config(flag_of: dict[str, str]) -> Any:
@@ -91,18 +97,9 @@ class _WholeOrNone:
 
 
 def _defaults_from_file(path: str, dataclass_types: Iterable[Any], flag_of: dict[str, str]) -> dict[str, Any]:
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    geta = values.pop(GETA_SECTION, None) or {}
+    values = read_values(path)
+    geta = values.pop(SECTION, None) or {}
     known = [field.name for kind in dataclass_types for field in dataclasses.fields(kind)]
-    _refuse_unknown(f"key in {path}", values, [*known, GETA_SECTION])
-    _refuse_unknown(f"key in the section {GETA_SECTION} of {path}", geta, list(flag_of))
+    refuse_unknown(f"key in {path}", values, [*known, SECTION])
+    refuse_unknown(f"key in the section {SECTION} of {path}", geta, list(flag_of))
     return values | {flag_of[name]: value for name, value in geta.items()}
-
-
-def _refuse_unknown(what: str, names: Iterable[str], known: Sequence[str]) -> None:
-    for name in names:
-        if name in known:
-            continue
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise ValueError(f"unknown {what}: {name}{hint} Known are: {', '.join(sorted(known))}.")

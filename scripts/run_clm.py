@@ -15,7 +15,7 @@ from typing import Any
 
 from perplexity import evaluate_perplexity
 from run_arguments import parse_run
-from runs import ModelArguments, leave_processes, measure, train, trained_folder, write_report
+from runs import ModelArguments, load_to_train, measure, run_program, train, trained_folder, write_report
 from token_blocks import BlockArguments, block_size_of, load_texts, stacked, token_blocks
 from transformers import (
     AutoConfig,
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer = None
     if args.do_train:
         trainer = train(
-            AutoModelForCausalLM.from_pretrained(name, dtype=model_args.dtype),
+            load_to_train(AutoModelForCausalLM, name, dtype=model_args.dtype),
             model_args,
             args,
             geta_config,
@@ -59,5 +59,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
-    leave_processes()
+    run_program(main)

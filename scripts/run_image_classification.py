@@ -6,7 +6,7 @@
 Flags override the YAML file (`--group_sparsity 0.3 --weight_bits 4 6`). `--compress false` trains the dense twin.
 `--do_train false --model_name_or_path FOLDER` only evaluates a checkpoint, dense or compressed. Every run ends with
 report.json in output_dir: {"dense" or "compressed": {accuracy, parameters, ...}}, measured on the model that was loaded
-from disk.
+from disk. Where a folder is only evaluated, it is written there, unless there is a flag `--output_dir`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from classification import accuracy_of_prediction, evaluate_accuracy
 from image_models import ModelArguments, load_model, load_processor
 from images import DataArguments, ImageDataset, load_splits
 from run_arguments import parse_run
-from runs import leave_processes, measure, train, trained_folder, write_report
+from runs import measure, run_program, train, trained_folder, write_report
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, TrainingArguments, set_seed
 
@@ -54,5 +54,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
-    leave_processes()
+    run_program(main)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from questions import BOOKKEEPING, QuestionArguments, load_questions, load_tokenizer, ranked_answers, windows_of
 from run_arguments import parse_run
-from runs import ModelArguments, leave_processes, measure, train, trained_folder, write_report
+from runs import ModelArguments, load_to_train, measure, run_program, train, trained_folder, write_report
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer = None
     if args.do_train:
         trainer = train(
-            AutoModelForQuestionAnswering.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype),
+            load_to_train(AutoModelForQuestionAnswering, str(model_args.model_name_or_path), dtype=model_args.dtype),
             model_args,
             args,
             geta_config,
@@ -104,5 +104,4 @@ def score_answers(answers: Answers, examples: datasets.Dataset) -> dict[str, flo
 
 
 if __name__ == "__main__":
-    main()
-    leave_processes()
+    run_program(main)

@@ -20,7 +20,7 @@ import evaluate
 import splits
 import torch
 from run_arguments import parse_run
-from runs import ModelArguments, leave_processes, measure, train, trained_folder, write_report
+from runs import ModelArguments, load_to_train, measure, run_program, train, trained_folder, write_report
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     encoded = tokenize_pairs(rows, tokenizer, data_args)
     trainer = None
     if args.do_train:
-        model = AutoModelForSeq2SeqLM.from_pretrained(model_args.model_name_or_path, dtype=model_args.dtype)
+        model = load_to_train(AutoModelForSeq2SeqLM, str(model_args.model_name_or_path), dtype=model_args.dtype)
         trainer = train(
             model,
             model_args,
@@ -130,5 +130,4 @@ def generate_texts(
 
 
 if __name__ == "__main__":
-    main()
-    leave_processes()
+    run_program(main)

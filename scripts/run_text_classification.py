@@ -14,7 +14,7 @@ from typing import Any
 
 from classification import accuracy_of_prediction, evaluate_accuracy
 from run_arguments import parse_run
-from runs import ModelArguments, leave_processes, measure, train, trained_folder, write_report
+from runs import ModelArguments, load_to_train, measure, run_program, train, trained_folder, write_report
 from texts import TextArguments, load_texts
 from torch.utils.data import DataLoader
 from transformers import (
@@ -61,11 +61,15 @@ def load_classifier(name: str, classes: list[str], dtype: str = "float32") -> Pr
     """The pretrained model with one output for each class; a head of another size is left behind."""
     id2label = dict(enumerate(classes))
     label2id = {label: i for i, label in id2label.items()}
-    return AutoModelForSequenceClassification.from_pretrained(
-        name, id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True, dtype=dtype
+    return load_to_train(
+        AutoModelForSequenceClassification,
+        name,
+        id2label=id2label,
+        label2id=label2id,
+        ignore_mismatched_sizes=True,
+        dtype=dtype,
     )
 
 
 if __name__ == "__main__":
-    main()
-    leave_processes()
+    run_program(main)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import logging
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,10 +21,13 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from hf_geta import GETAConfig, GETATrainer
+from hf_geta import GETAConfig, GETAQuantizationConfig, GETATrainer
 from hf_geta.checkpoint.directory import replace_text
+from hf_geta.checkpoint.models import is_compressed
 from hf_geta.report import load_report, metrics_table, save_report
 from hf_geta.report.figures import DENSE
+
+logger = logging.getLogger(__name__)
 
 COST_KEYS = (
     "parameters",
@@ -63,6 +68,18 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.model_name_or_path is None:
             raise ValueError("write model_name_or_path: the weights to start from, a name on the Hub or a folder.")
+
+
+def load_to_train(auto_class: Any, name: str, **options: Any) -> PreTrainedModel:
+    """The model of a name on the Hub or of a folder, to be trained: a compressed one in float, at its pruned size.
+
+    Args:
+        options: of `from_pretrained`.
+    """
+    if is_compressed(name):
+        logger.warning("%s is compressed: its weights are loaded in float, to be trained again.", name)
+        options["quantization_config"] = GETAQuantizationConfig(dequantize=True)
+    return auto_class.from_pretrained(name, **options)
 
 
 def train(
@@ -173,6 +190,15 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     replace_text(output / "report.json", json.dumps({name: entry}, indent=2) + "\n")
     print(metrics_table({name: entry}))
+
+
+def run_program(main: Callable[[], Any]) -> None:
+    """A whole program: what its user can mend is said in one line, with status 1."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    leave_processes()
 
 
 def leave_processes() -> None:

@@ -1,6 +1,7 @@
 """GETAConfig refuses nonsense, says the way out, and survives every form that it is written in."""
 
 import json
+import re
 
 import pytest
 from transformers import HfArgumentParser
@@ -29,7 +30,20 @@ NAN = float("nan")
         ({"target_size": "four"}, "target_size='four': write bytes, such as '4MB'"),
         ({"saliency_weights": (1, 1, 1)}, "write saliency='mix'"),
         ({"saliency": "mix", "saliency_weights": (1, 1)}, "write three numbers"),
+        ({"saliency": "mix", "saliency_weights": ("a", 1, 1)}, "'a', 1, 1.: write three numbers"),
+        ({"saliency": "mix", "saliency_weights": 5}, "saliency_weights=5: write three numbers"),
         ({"distillation_weight": 2}, "distillation_weight=2"),
+        ({"distillation_weight": "a"}, "distillation_weight='a': write a number"),
+        ({"distillation_temperature": None}, "distillation_temperature=None: write a number"),
+        ({"quantizer_learning_rate": "1e-3"}, "quantizer_learning_rate='1e-3': write a number"),
+        ({"warmup_steps": True}, "warmup_steps=True: write a number"),
+        ({"pruning_periods": "3"}, "pruning_periods='3': write a whole number"),
+        ({"min_groups": True}, "min_groups=True: write a whole number"),
+        ({"quantize_embeddings": True}, "quantize_embeddings=True: write one width"),
+        ({"weight_bits": (True, 8)}, "two whole numbers"),
+        ({"uniform": "yes"}, "uniform='yes': write True or False"),
+        ({"without": None}, "without=None: write a list of names"),
+        ({"modules_to_not_convert": [3]}, "modules_to_not_convert=.3,.: write a list of names"),
         ({"without": "speed"}, "choose one of 'qadg', 'projection', 'joint_rule'"),
         ({"share_inputs": True}, "without activation_bits: no input is rounded"),
         ({"without": "qadg", "uniform": True}, "groups that cannot be cut have no sizes"),
@@ -56,9 +70,33 @@ def test_nonsense_is_refused_with_its_value_and_the_way_out(values, message):
         GETAConfig(**values)
 
 
-def test_an_unknown_field_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="no field sparsity; its fields are group_sparsity"):
-        GETAConfig.from_dict({"sparsity": 0.5})
+@pytest.mark.parametrize(("name", "hint"), [("group_sparsty", "; did you mean group_sparsity?"), (5, ".")])
+def test_an_unknown_field_is_refused_with_the_nearest_and_the_known_ones(name, hint):
+    with pytest.raises(ValueError, match=re.escape(f"unknown field of GETAConfig: {name}{hint} Known are: activation")):
+        GETAConfig.from_dict({name: 0.5})
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    text = "{quantizer_learning_rate: 1e-3, saliency: mix, saliency_weights: [1e-1, 1.5e0, 1]}"
+    for file in (text, f"geta: {text}"):
+        (tmp_path / "run.yaml").write_text(file)
+        config = GETAConfig.from_file(tmp_path / "run.yaml")
+        assert (config.quantizer_learning_rate, config.saliency_weights) == (1e-3, (0.1, 1.5, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "it holds no keys"),
+        ("geta: 5", "no section geta:"),
+        ("geta: [1]", "no section geta:"),
+        ("a: b: c", "is no YAML file of a run: mapping values"),
+    ],
+)
+def test_what_is_no_file_of_a_run_is_refused(text, message, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"run\.yaml .*{message}"):
+        GETAConfig.from_file(tmp_path / "run.yaml")
 
 
 CONFIG = GETAConfig(group_sparsity=0.3, weight_bits=[2, 6], activation_bits=(4, 8), modules_to_not_convert=["head"])
@@ -71,8 +109,9 @@ def test_every_form_gives_the_same_config(tmp_path):
     assert GETAConfig.from_file(tmp_path / "config.json") == CONFIG
     assert GETAConfig.from_file(tmp_path / "run.yaml") == CONFIG
     assert GETAConfig.from_dict(CONFIG.to_dict()) == CONFIG
-    (tmp_path / "empty.yaml").write_text("# nothing\n")
-    assert GETAConfig.from_file(tmp_path / "empty.yaml") == GETAConfig()
+    for nothing in ("# nothing\n", "geta:\n"):
+        (tmp_path / "empty.yaml").write_text(nothing)
+        assert GETAConfig.from_file(tmp_path / "empty.yaml") == GETAConfig()
     flags = "--group_sparsity 0.3 --weight_bits 2 6 --activation_bits 4 8 --modules_to_not_convert head"
     (parsed,) = HfArgumentParser(GETAConfig).parse_args_into_dataclasses(flags.split())
     assert parsed == CONFIG

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_geta.checkpoint.directory import WEIGHTS_PATTERN, replace_files
-from hf_geta.checkpoint.models import load_model
+from hf_geta.checkpoint.models import is_compressed, load_model
 from hf_geta.export.compressed_tensors import write_compressed_tensors
 from hf_geta.export.dense import write_dense
 from hf_geta.export.gguf import write_gguf
@@ -63,7 +64,7 @@ def export_checkpoint(source: str | Path, target: str | Path, form: str, dtype: 
         dtype: of all that is float, such as "bfloat16"; "auto" is that of the checkpoint.
 
     Raises:
-        ValueError: no checkpoint there, no such format, `target` is `source`, or what the format cannot say.
+        ValueError: no compressed checkpoint there, no such format, `target` is `source`, or what the format cannot say.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     if form not in FORMATS:
@@ -72,6 +73,10 @@ def export_checkpoint(source: str | Path, target: str | Path, form: str, dtype: 
         raise ValueError(f"{source}: no config.json is there; give a folder that a compressed model was saved to.")
     if target.resolve() == source.resolve():
         raise ValueError(f"{target}: this would overwrite the checkpoint itself; give another folder.")
+    if not is_compressed(source):
+        is_run = (source / TRAINER_STATE_NAME).is_file()
+        what = " but a checkpoint of a run in training; save_model() writes the compressed model" if is_run else ""
+        raise ValueError(f"{source} is not a compressed model{what}.")
     model = load_model(source, dtype=dtype).eval()
     owned = WRITTEN.get(form, WEIGHTS_PATTERN)
     replace_files(target, lambda folder: _write(FORMATS[form], model, source, folder), owned)

@@ -83,9 +83,15 @@ class Pricing:
         self.least = self._least_cost()
         if self.least > budget.target:
             raise ValueError(
-                f"the budget of {budget.target:g} cannot be met: with every width at its lower bound and as many "
-                f"groups removed as group_sparsity, min_groups and group_divisible allow, about {self.least:.4g} "
-                "is left. Raise the budget, lower weight_bits or activation_bits, or let more groups go."
+                f"{self._asked()} cannot be met: with every width at its lower bound and as many groups removed as "
+                f"group_sparsity, min_groups and group_divisible allow, about {self._in_words(self.least)} is left. "
+                "Raise the budget, lower weight_bits or activation_bits, or let more groups go."
+            )
+        if budget.target >= self.start:
+            logger.warning(
+                "%s asks for nothing: with every group and every width at its upper bound, %s is left. Is it a typo?",
+                self._asked(),
+                self._in_words(self.start),
             )
 
     def observe(self) -> None:
@@ -109,15 +115,23 @@ class Pricing:
         """The widths, (quantizers,), that the whole budget leaves to the groups that are left."""
         self._allocate(self.budget.target, removed, int(removed.sum()))
         if self.cost > self.budget.target * (1 + 1e-9):  # rounding of sums
-            logger.warning(
-                "the budget is %g, but %g is left with every width at its bound.", self.budget.target, self.cost
-            )
+            left = self._in_words(self.cost)
+            logger.warning("%s, but %s is left with every width at its bound.", self._asked(), left)
         return self.ceilings
 
     def gap(self, removed: Tensor) -> float:
         """Present cost over C*, less 1: with the widths as they are and the groups flagged in `removed` gone."""
         counts = [int(gone.sum()) for gone in removed.cpu().split(self.space.axis_sizes)]
         return self.budget.cost(counts, self.widths.bits().tolist()) / self.budget.target - 1
+
+    def _asked(self) -> str:
+        """The budget as the config writes it."""
+        if self.config.target_size is None:
+            return f"target_bops={self.config.target_bops}"
+        return f"target_size={self.config.target_size!r} ({self._in_words(self.budget.target)})"
+
+    def _in_words(self, cost: float) -> str:
+        return f"{cost:.4g}" if self.config.target_size is None else f"{cost:,.0f} bytes"
 
     def _allocate(self, target: float, removed: Tensor, most_removed: int) -> Tensor:
         removed, rises = removed.cpu(), (GROUP_FACTOR * self.scores.double()).tolist()

@@ -118,6 +118,13 @@ def _groups_to_remove(config: GETAConfig, space: PruningSpace) -> int:
             f"min_groups={config.min_groups} and group_divisible={config.group_divisible} let at most {most} go: "
             f"lower group_sparsity to {most / max(space.num_groups, 1):.3f} or relax them."
         )
+    if config.group_sparsity and space.num_groups and asked == 0:
+        logger.warning(
+            "group_sparsity=%s of %d groups rounds to none, and none is removed: write more than %.2g to remove one.",
+            config.group_sparsity,
+            space.num_groups,
+            0.5 / space.num_groups,
+        )
     count = nearest(asked)
     if count != asked:
         logger.warning(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from transformers import (
 )
 
 from hf_geta.checkpoint.models import read_config, skeleton_of
-from hf_geta.config import GETAConfig
+from hf_geta.config import SECTION, GETAConfig, read_values, with_numbers
+from hf_geta.config_checks import did_you_mean
 from hf_geta.graph.example_inputs import example_inputs
 
-SECTION = "geta"
 # Of TrainingArguments, those that the plan depends on; read apart are precision, in which not every machine trains, and
 # checkpointing, whose name depends on the version of transformers.
 TRAINING_KEYS = (
@@ -41,6 +40,16 @@ TRAINING_KEYS = (
     "learning_rate",
     "weight_decay",
 )
+MODEL_KEYS = (
+    "model_name_or_path",
+    "model_type",
+    "config_overrides",
+    "image_size",
+    "dtype",
+    "teacher_model_name_or_path",
+    "max_train_samples",
+    "max_target_length",
+)
 LENGTH_KEYS = ("block_size", "max_length", "max_source_length", "max_seq_length")
 DEFAULT_LENGTH = 1024  # tokens; fewer where the model has fewer positions
 # Keys that only one of the programs has -> the class of model that it trains.
@@ -50,7 +59,6 @@ CLASS_OF_KEY = {
     "max_answer_length": "AutoModelForQuestionAnswering",
     "n_best_size": "AutoModelForQuestionAnswering",
 }
-EXPONENTIAL = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -159,13 +167,9 @@ def read_run(
 
 
 def _read_values(path: str | Path, settings: Sequence[str]) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no YAML file of a run: {str(error).partition(chr(10))[0]}") from error
-    if not isinstance(values, dict) or not isinstance(values.get(SECTION) or {}, dict):
-        raise ValueError(f"{path} is no run: it holds no keys, or no section {SECTION}:, as the files in configs/ do.")
+    values = read_values(path)
     values[SECTION] = values.get(SECTION) or {}
+    known = [*MODEL_KEYS, *LENGTH_KEYS, *CLASS_OF_KEY, *(field.name for field in dataclasses.fields(TrainingArguments))]
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
@@ -173,15 +177,10 @@ def _read_values(path: str | Path, settings: Sequence[str]) -> dict[str, Any]:
         section, dot, name = key.partition(".")
         if dot and section != SECTION:
             raise ValueError(f"--set {setting}: the only section of a run is {SECTION}.")
+        if not dot and key not in values and key not in known:
+            raise ValueError(f"--set {setting}: no run has a key {key}, or no plan reads it{did_you_mean(key, known)}")
         (values[SECTION] if dot else values)[name if dot else key] = yaml.safe_load(text)
-    return _with_numbers(values)
-
-
-def _with_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """What YAML reads as text but the programs' parser as a number: 1e-3."""
-    numbers = {key: float(one) for key, one in values.items() if isinstance(one, str) and EXPONENTIAL.fullmatch(one)}
-    sections = {key: _with_numbers(one) for key, one in values.items() if isinstance(one, dict)}
-    return values | numbers | sections
+    return with_numbers(values)
 
 
 def _config_of(values: Mapping[str, Any], model: str | None, image_size: int | None) -> tuple[Any, str]:

@@ -150,9 +150,10 @@ def _limits(report: Mapping[str, Any]) -> str:
     limits = ["It loads only where `hf_geta` is imported; elsewhere loading stops with an error."]
     if "quantized" in what_was_done(report):
         limits += [
-            "Its weights are integers: it cannot be trained further. Fine-tune the dense model, and compress that.",
-            "A packed layer decodes its weights once and computes in float: fewer bits make a smaller file, not yet a "
-            "faster forward pass.",
+            "Its weights are integers: to train it again, load it in float, with "
+            "`quantization_config=hf_geta.GETAQuantizationConfig(dequantize=True)`.",
+            "Layers whose weight and input have at most 8 bits run in integers on CPUs with AVX-512 VNNI; all others, "
+            "and all of them elsewhere, compute with decoded float weights.",
         ]
     limits += [
         "Relative BOPs are counted (MACs x weight bits x input bits of the layers that hold a weight), not timed.",

@@ -99,6 +99,13 @@ def test_folders_that_make_no_sense_are_refused(compressed, tmp_path):
     folder, _ = compressed
     with pytest.raises(ValueError, match="would overwrite the checkpoint itself"):
         export_checkpoint(folder, folder, "dense")
+    make_model("vit").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"dense is not a compressed model\.$"):
+        export_checkpoint(tmp_path / "dense", tmp_path / "out", "dense")
+    (tmp_path / "dense" / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"a checkpoint of a run in training; save_model\(\) writes the compressed"):
+        export_checkpoint(tmp_path / "dense", tmp_path / "out", "dense")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"no config\.json is there"):
         export_checkpoint(tmp_path / "nowhere", tmp_path / "out", "dense")
     with pytest.raises(ValueError, match="choose one of dense, compressed-tensors"):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import logging
 import random
+import re
 
 import pytest
 import torch
@@ -192,9 +194,30 @@ def test_a_cap_on_groups_is_spent_where_it_saves_enough(divisible):
         assert pricing.cost <= pricing.budget.target
 
 
-def test_a_budget_out_of_reach_is_refused_with_what_is_left():
-    with pytest.raises(ValueError, match=r"the budget of 1e-05 cannot be met: .* is left"):
+BYTES = {"target_bops": None, "target_size": "1KB"}
+
+
+def test_a_budget_out_of_reach_is_refused_by_its_field_with_what_is_left_in_its_unit():
+    with pytest.raises(ValueError, match=r"^target_bops=1e-05 cannot be met: .*, about 0\.\d+ is left"):
         started(dataclasses.replace(BUDGET, target_bops=1e-5))
+    with pytest.raises(ValueError, match=r"^target_size='1KB' \(1,000 bytes\) cannot be met: .* \d+,\d+ bytes is left"):
+        started(dataclasses.replace(BUDGET, **BYTES))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_bops": 0.5}, r"^target_bops=0\.5 asks for nothing: .*, 0\.0625 is left"),
+        (BYTES | {"target_size": "1GB"}, r"^target_size='1GB' \(1,000,000,000 bytes\) .*, \d+,\d+ bytes is left"),
+    ],
+)
+def test_a_budget_that_asks_for_nothing_is_told(changes, message, caplog):
+    with caplog.at_level(logging.WARNING, "hf_geta.optim.pricing"):
+        started(dataclasses.replace(BUDGET, **changes))
+        assert re.search(message, caplog.messages[-1])
+        caplog.clear()
+        started(BUDGET)
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("part", ["projection", "qadg"])

@@ -495,6 +495,18 @@ def test_a_number_of_groups_that_blocks_do_not_reach_becomes_the_nearest_and_is_
     assert len([record for record in caplog.records if "asks for 7 of 56 groups" in record.message]) == 1
 
 
+def test_a_share_that_rounds_to_no_group_is_told(caplog):
+    model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | {"group_sparsity": 0.4 / 56}))
+    create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    assert "of 56 groups rounds to none, and none is removed: write more than 0.0089" in caplog.text
+    caplog.clear()
+    for share in (0.0, 0.6 / 56):
+        model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | {"group_sparsity": share}))
+        optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+        assert optimizer.groups_to_remove == round(share * 56)
+    assert "rounds to none" not in caplog.text
+
+
 def test_more_groups_than_may_go_are_refused():
     model = prepared(GETAConfig(group_sparsity=0.99))
     with pytest.raises(ValueError, match="let at most"):

@@ -53,7 +53,10 @@ def test_an_optimizer_that_is_not_installed_is_unknown_and_the_rest_is_not(plan)
 
 def test_keys_are_set_on_the_command_line(plan):
     floats = ("--set", "geta.weight_bits=null", "--set", "geta.activation_bits=null")
-    _, out, _ = plan("--set", "geta.group_sparsity=0.25", "--set", "max_steps=500", *floats, num_train_epochs=2)
+    others = ("--set", "image_size=40", "--set", "of_a_program=3")
+    more = {"num_train_epochs": 2, "of_a_program": 2}
+    _, out, _ = plan("--set", "geta.group_sparsity=0.25", "--set", "max_steps=500", *others, *floats, **more)
+    assert "pixel_values (4, 3, 40, 40)" in out
     assert "500 optimizer steps" in out
     assert "14 of 56 groups go" in out
     assert "no layer is quantized" in out
@@ -67,10 +70,16 @@ def test_keys_are_set_on_the_command_line(plan):
         ([], {"model_type": None}, "names no model"),
         ([], {"model_type": "nonsense"}, "no such model type"),
         ([], {"config_overrides": {"hiden_size": 3}}, "vit has no field hiden_size"),
-        ([], {"geta": {"group_sparsty": 0.3}}, "no field group_sparsty"),
+        (
+            [],
+            {"geta": {"group_sparsty": 0.3}},
+            "unknown field of GETAConfig: group_sparsty; did you mean group_sparsity?",
+        ),
         ([], {"geta": [1]}, "no section geta:"),
         ([], {"optim": "nonsense"}, "TrainingArguments refuse"),
         (["--set", "max_steps"], {}, "write key=value"),
+        (["--set", "learing_rate=0.5"], {}, "--set learing_rate=0.5: no run has a key learing_rate"),
+        (["--set", "learing_rate=0.5"], {}, "did you mean learning_rate?"),
         (["--set", "getta.weight_bits=[4, 4]"], {}, "the only section of a run is geta"),
         (["--samples", "40"], {}, "do not fit the 9 steps of the joint stage"),
         (["--model", "/nowhere/at/all"], {}, "there is no such folder"),

@@ -136,7 +136,7 @@ def test_a_budget_is_planned_with_what_is_in_reach(file):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["geta.group_sparsity=null", "geta.target_bops=1e-5"], "the budget of 1e-05 cannot be met"),
+        (["geta.group_sparsity=null", "geta.target_bops=1e-5"], "target_bops=1e-05 cannot be met"),
         (["max_steps=4"], "leave none for the cool-down"),
         (["geta.group_sparsity=0.9", "geta.min_groups=60"], "lower group_sparsity to"),
     ],

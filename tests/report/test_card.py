@@ -89,6 +89,8 @@ def test_the_section_says_all_that_a_reader_needs():
     )
     for words in ("learning_rate: 0.003", "| warm-up | 10 |", "weight_bits:", "hf_geta 0.1.0", "(geta_layers.svg)"):
         assert words in card
+    for words in ("to train it again, load it in float", "GETAQuantizationConfig(dequantize=True)", "AVX-512 VNNI"):
+        assert words in card
     for words in ("### Limits", "@inproceedings", "2502.16638", "on `uoft-cs/cifar10`, 10,000 samples"):
         assert words in card
 

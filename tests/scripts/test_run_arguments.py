@@ -1,5 +1,7 @@
 """Laws of the settings: one YAML file, flags over it, nothing unknown."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,8 @@ TASKS = {
     "squad": QuestionArguments,
     "cnn_dailymail": PairArguments,
 }
+PROGRAMS = [Path(runs.__file__).parent / f"run_{name}.py" for name in ("clm", "seq2seq", "question_answering")]
+PROGRAMS += [Path(runs.__file__).parent / f"run_{name}_classification.py" for name in ("image", "text")]
 TYPES = (ModelArguments, DataArguments, TrainingArguments)
 FILE = """
 model_type: vit
@@ -92,6 +96,8 @@ def test_two_fields_of_one_name_stay_two(config):
     [
         (FILE.replace("learning_rate", "lerning_rate"), "lerning_rate; did you mean learning_rate"),
         (FILE.replace("group_sparsity", "group_sparse"), "section geta.*did you mean group_sparsity.*weight_bits"),
+        ("[1, 2]", "is no run: it holds no keys"),
+        ("geta: 5", "no section geta:"),
         (FILE.replace("[4, 8]", "[8, 4]"), r"the lower bound comes first"),
         (FILE.replace("model_type: vit", ""), "model_type"),
         (FILE.replace("data_dir: somewhere", ""), "dataset_name"),
@@ -107,6 +113,25 @@ def test_a_file_with_a_mistake_is_refused_with_the_way_out(config, text, message
 def test_an_unknown_flag_is_refused_even_if_it_begins_a_known_one(config, flag):
     with pytest.raises(ValueError, match="unknown flag"):
         parse_run(TYPES, ["--config", config, flag, "1"])
+
+
+def test_an_evaluation_reports_in_the_folder_that_it_evaluates_unless_a_flag_names_another(config, tmp_path):
+    Path(config).write_text("output_dir: of_a_run\ndo_train: true" + FILE)
+    evaluate = ["--config", config, "--do_train", "false", "--model_name_or_path"]
+    for flags, folder in (
+        (["--config", config], "of_a_run"),
+        ([*evaluate, str(tmp_path)], str(tmp_path)),
+        ([*evaluate, str(tmp_path), "--output_dir", "mine"], "mine"),
+        ([*evaluate, "name/on-the-hub"], TrainingArguments().output_dir),
+    ):
+        assert parse_run(TYPES, flags)[2].output_dir == folder
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_a_mistake_of_the_user_ends_a_program_in_one_line(program, config, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(program), "--config", config, "--lerning_rate", "1"])
+    with pytest.raises(SystemExit, match=rf"^{program.name}: unknown .*"):
+        runpy.run_path(str(program), run_name="__main__")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

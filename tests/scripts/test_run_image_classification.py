@@ -112,6 +112,15 @@ def test_the_report_says_how_its_figures_are_measured_again(runs, folder):
     assert evaluate_checkpoint.main([str(folder / "compressed"), *data]) == 0
 
 
+def test_a_compressed_model_is_trained_again_from_its_pruned_shapes(runs, folder, caplog):
+    flags = ["--config", str(folder / "config.yaml"), "--output_dir", str(folder / "again")]
+    flags += ["--model_name_or_path", str(folder / "compressed"), "--group_sparsity", "0"]
+    again = run_image_classification.main(flags)
+    assert "is compressed: its weights are loaded in float" in caplog.text
+    assert again["parameters"] == runs["compressed"]["parameters"]
+    assert 4 <= again["mean_weight_bits"] <= 8
+
+
 def test_evaluation_without_a_model_is_refused(folder):
     with pytest.raises(ValueError, match="model_name_or_path"):
         run_image_classification.main(["--config", str(folder / "config.yaml"), "--do_train", "false"])

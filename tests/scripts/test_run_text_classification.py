@@ -52,6 +52,11 @@ def test_a_loaded_classifier_is_measured_like_the_one_that_was_saved(compressed,
     assert evaluate_checkpoint.main([str(folder / "compressed"), "--data_dir", str(folder)]) == 0
 
 
+def test_a_compressed_classifier_is_trained_again(compressed, folder):
+    flags = ["--model_name_or_path", str(folder / "compressed"), "--compress", "false", "--max_steps", "1"]
+    assert run(folder, "again", *flags)["parameters"] == compressed["parameters"]
+
+
 def test_the_dense_twin_of_texts_is_dense(folder):
     dense = run(folder, "dense", "--compress", "false", "--max_steps", "1")
     assert (dense["relative_bops"], dense["group_sparsity"], dense["mean_weight_bits"]) == (1.0, 0.0, 32)

@@ -12,11 +12,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from hf_geta.graph.build import build_qadg
 from hf_geta.graph.layerwise import layerwise
 from hf_geta.graph.qadg import Axis, Removed
 from hf_geta.graph.search_space import quantizer_tensors
+from hf_geta.graph.tracing import named_tensors
 from hf_geta.graph.uniform import make_uniform
 from hf_geta.measure import compression_report
 from hf_geta.optim.budget import Budget
@@ -246,7 +248,10 @@ def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
     count = sum(len(groups) for groups in removed.values())
     if count < (preparation.groups_to_remove or 0):
         logger.warning("the run ended early: %d of %d groups are removed.", count, preparation.groups_to_remove)
-    small = _cut_in_pieces(model, removed) if Shards(model.parameters()).are_several else _cut(model, removed)
+    with rounded_widths(model) as have_moved:
+        if have_moved:
+            logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
+        small = _cut_in_pieces(model, removed) if Shards(model.parameters()).are_several else _cut(model, removed)
     publish_with_card_(small, compression_report(model))
     return small
 
@@ -257,7 +262,6 @@ def _cut(model: PreTrainedModel, removed: Removed) -> Any:
     small: Any = preparation.qadg.prune(model, removed)
     del small.geta
     if preparation.config.weight_bits is not None:
-        _round_widths_(small, preparation.config, whole)
         pack_model_(small)
     return small
 
@@ -272,7 +276,6 @@ def _cut_in_pieces(model: PreTrainedModel, removed: Removed) -> Any:
         preparation.qadg.prune_and_describe_(small, removed)
     del small.geta
     if preparation.config.weight_bits is not None:
-        _round_widths_(small, preparation.config, pieces.read)
         pack_model_(small, pieces.read)
     pieces.fill_()
     return small
@@ -284,21 +287,51 @@ def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in names}
 
 
-@torch.no_grad()
-def _round_widths_(model: nn.Module, config: GETAConfig, read: Callable[[Tensor], Tensor]) -> None:
-    """Whole, allowed widths and blocks that can be packed: as they are after a cool-down.
+@contextlib.contextmanager
+def rounded_widths(model: nn.Module) -> Iterator[bool]:
+    """Meanwhile a prepared model has the widths that `finalize_model` gives it; yields whether they are others.
 
-    Args:
-        read: as in `pack_model_`.
+    Its layers then have copies of their quantizers: what trains is left alone. Of a model in pieces every process calls
+    it.
     """
+    layers = list(quantized_layers(model).values())
+    own = [(layer.weight_quantizer, layer.input_quantizer) for layer in layers]
+    try:
+        for layer, copies in zip(layers, copy.deepcopy(own), strict=True):
+            layer.weight_quantizer, layer.input_quantizer = copies
+        yield bool(layers) and _round_widths_(model)
+    finally:
+        for layer, quantizers in zip(layers, own, strict=True):
+            layer.weight_quantizer, layer.input_quantizer = quantizers
+
+
+@torch.no_grad()
+def _round_widths_(model: nn.Module) -> bool:
+    """Whole, allowed widths and blocks that can be packed, as they are after a cool-down; whether a width has moved."""
+    config = preparation_of(model).config
     numbered = NumberedQuantizers.of(quantized_layers(model))
     table = WidthTable(numbered.quantizers)
     bits = table.bits()
     allowed = [config.allowed_bits(quantizer.widths) for quantizer in table.quantizers]
     final = torch.stack([nearest_allowed(width, widths) for width, widths in zip(bits, allowed, strict=True)])
-    if (bits - final).abs().max() > 1e-3:
-        logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
+    kept = _kept_inputs(model)
     for quantizer, weight, width in zip(table.quantizers, numbered.weights, final.tolist(), strict=True):
-        if quantizer.blocks is not None and weight is not None and not quantizer.blocks.can_be_packed(width):
-            quantizer.move_clips_(read(weight), width, width)
+        if quantizer.blocks is None or weight is None or quantizer.blocks.can_be_packed(width, kept.get(weight)):
+            continue
+        quantizer.move_clips_(whole(weight), width, width, kept.get(weight))
     table.project_(final, final)
+    return bool((bits - final).abs().max() > 1e-3)
+
+
+def _kept_inputs(model: nn.Module) -> dict[Tensor, Tensor]:
+    """Weight with blocks -> which of its inputs are left, (in,) bool, where some will be cut out."""
+    qadg, tensors = preparation_of(model).qadg, named_tensors(model)
+    kept = qadg.kept(model, qadg.zero_groups(model)) if qadg.can_be_cut else {}
+    of_weights = {tensors[name]: dims for name, dims in kept.items()}  # whichever name a tied one has there
+    flags = {}
+    for layer in quantized_layers(model).values():
+        blocks = layer.weight_quantizer.blocks
+        if blocks is not None and (indices := of_weights.get(layer.weight, {}).get(blocks.dim)) is not None:
+            flags[layer.weight] = torch.zeros_like(blocks.block_of, dtype=torch.bool)
+            flags[layer.weight][indices] = True
+    return flags

@@ -21,7 +21,7 @@ from hf_geta.agreement import is_distributed
 from hf_geta.checkpoint.directory import check_writable, replace_files
 from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.checkpoint.names import own_tensor_names
-from hf_geta.compress import create_optimizer, finalize_model, prepare_model
+from hf_geta.compress import create_optimizer, finalize_model, prepare_model, rounded_widths
 from hf_geta.config import GETAConfig
 from hf_geta.first_batches import first_batches
 from hf_geta.hub import card_fields, describe_training, pickled_without_token, push_while_training
@@ -248,6 +248,13 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         Raises:
             RuntimeError: if it does not, which is a bug in the search space; nothing is saved then.
         """
+        self._warn_of_an_early_end()
+        small = finalize_model(self.model)
+        self._check_pruning(small)
+        publish_with_card_(small, self._report(), self._processor)
+        return small
+
+    def _warn_of_an_early_end(self) -> None:
         if self.qasso is not None and (
             self.stage is not Stage.COOLDOWN or int(self.qasso.removed.sum()) != self.qasso.groups_to_remove
         ):
@@ -260,11 +267,13 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
                 int(self.qasso.removed.sum()),
                 self.qasso.groups_to_remove,
             )
-        small = finalize_model(self.model)
+
+    def _check_pruning(self, small: PreTrainedModel) -> None:
+        """Compare the small model with the masked one, both with the widths that are saved, on a calibration batch."""
         with preserved_rng():
             inputs = self._calibration_batches(1)[0]
         set_backend_(small, "reference")  # it is the graph that is checked, not a kernel's rounding or the inputs'
-        with float_inputs(self.model), float_inputs(small):
+        with rounded_widths(self.model), float_inputs(self.model), float_inputs(small):
             difference = output_difference(self.model, small, inputs)
         if self.in_pieces:  # each has looked at a batch of its own
             reshard_(self.model)
@@ -276,8 +285,6 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
                 f"the pruned model's outputs differ from the masked model's by {difference:.1%}: the dependency graph "
                 "is wrong for this model. Nothing was saved; please report the architecture."
             )
-        publish_with_card_(small, self._report(), self._processor)
-        return small
 
     def _save_compressed(self, directory: Path) -> None:
         small, report = self.finalize(), self._report()

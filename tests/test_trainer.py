@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from hf_geta import GETAConfig, GETATrainer, create_optimizer
-from hf_geta.measure import output_difference
+from hf_geta.compress import rounded_widths
+from hf_geta.measure import float_inputs, output_difference
 from hf_geta.report import load_report
 
 CONFIG = GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=4)
@@ -41,21 +42,20 @@ def digits():
     return [{"pixel_values": image, "labels": int(label)} for image, label in zip(images, labels[order], strict=True)]
 
 
-def tiny_vit():
+def tiny_vit(**changes):
     torch.manual_seed(0)
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            intermediate_size=40,
-            image_size=28,
-            patch_size=7,
-            num_channels=1,
-            num_labels=10,
-            hidden_dropout_prob=0.1,
-        )
-    )
+    sizes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 40,
+        "image_size": 28,
+        "patch_size": 7,
+        "num_channels": 1,
+        "num_labels": 10,
+        "hidden_dropout_prob": 0.1,
+    }
+    return ViTForImageClassification(ViTConfig(**sizes | changes))
 
 
 def arguments(folder, **changes):
@@ -381,6 +381,29 @@ def test_the_report_describes_the_saved_model_even_of_a_run_stopped_early(tmp_pa
     bits = sum(layer["bits"] * sizes[name] for name, layer in manifest["layers"].items()) / sum(sizes.values())
     assert report["mean_weight_bits"] == pytest.approx(bits)
     assert report["group_sparsity"] == 0
+
+
+@pytest.mark.parametrize("stopped_after", [3, 7, 18], ids=["warm-up", "projection", "joint"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"weight_bits": [2, 4], "bit_reduction": 6}, {"weight_bits": [2, 2], "granularity": "block"}],
+    ids=["tensor", "block"],
+)
+def test_a_run_stopped_in_any_stage_saves_a_valid_model(tmp_path, changes, stopped_after):
+    """Rounding to few bits at once moves the outputs by far more than a sum over fewer zeros."""
+    config = GETAConfig.from_dict(CONFIG.to_dict() | changes)
+    trainer = make_trainer(
+        tmp_path, config=config, model=tiny_vit(intermediate_size=80), callbacks=[StopAfter(stopped_after)]
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "small"))
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
+    inputs = {"pixel_values": torch.stack([item["pixel_values"] for item in digits()[200:264]])}
+    with float_inputs(trainer.model), float_inputs(loaded):
+        moved = output_difference(trainer.model, loaded, inputs)
+        with rounded_widths(trainer.model):
+            assert output_difference(trainer.model, loaded, inputs) < 1e-5
+    assert moved > 0.01
 
 
 class StopAfter(TrainerCallback):

@@ -110,10 +110,11 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         if self.geta_config is None:
             return
         if is_prepared(self.model):
-            if (config := preparation_of(self.model).config) != self.geta_config:
+            config = preparation_of(self.model).config
+            if names := config.different_fields(self.geta_config):
                 raise ValueError(
-                    f"the model was prepared with {config}, the trainer was given {self.geta_config}: "
-                    "pass the same config, or a fresh model."
+                    f"the model was prepared with {config.in_words(names)}, the trainer was given "
+                    f"{self.geta_config.in_words(names)}: pass the same config, or a fresh model."
                 )
             return
         with preserved_rng():

@@ -202,7 +202,8 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint(finished, tmp_path, caplog
 
 
 @pytest.mark.parametrize(
-    "file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+    "file",
+    ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "geta_config.json"],
 )
 def test_a_checkpoint_that_was_cut_short_is_refused_by_name(finished, file, tmp_path):
     _, folder = finished
@@ -255,11 +256,47 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(copied))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"group_sparsity": 0.25},
+            r"checkpoint-18 is of a run with group_sparsity=0\.5, this one has group_sparsity=0\.25:",
+        ),
+        ({"granularity": "block"}, "granularity='tensor', this one has granularity='block'"),
+        ({"activation_bits": None}, r"activation_bits=\(4, 8\), this one has activation_bits=None"),
+        (None, r"is of a run with compression, this one has none: pass geta_config=GETAConfig\.from_file"),
+    ],
+)
+def test_a_checkpoint_of_a_run_with_other_targets_is_refused(finished, tmp_path, changes, message):
+    config = None if changes is None else GETAConfig.from_dict(CONFIG.to_dict() | changes)
+    shutil.copytree(finished[1] / "checkpoint-18", tmp_path / "checkpoint-18")
+    for given in (str(tmp_path / "checkpoint-18"), True):
+        trainer = make_trainer(tmp_path, config=config)
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=given)
+        assert different_tensors(trainer.model, tiny_vit()) == []
+        assert trainer.state.global_step == 0
+
+
+def test_what_a_checkpoint_does_not_hold_may_change_and_an_older_one_does_not_say(finished, tmp_path):
+    trainer, folder = finished
+    config = GETAConfig.from_dict(CONFIG.to_dict() | {"calibration_batches": 1, "distillation_weight": 0.1})
+    shutil.copytree(folder / "checkpoint-24", tmp_path / "checkpoint-24")
+    for _ in range(2):
+        resumed = make_trainer(tmp_path, config=config)
+        resumed.train(resume_from_checkpoint=True)
+        assert different_tensors(resumed.model, trainer.model) == []
+        (tmp_path / "checkpoint-24" / "geta_config.json").unlink(missing_ok=True)
+
+
 def test_a_model_prepared_with_another_config_is_refused(tmp_path):
     model = tiny_vit()
     make_trainer(tmp_path, model=model).prepare()
-    with pytest.raises(ValueError, match="pass the same config"):
-        make_trainer(tmp_path, model=model, config=GETAConfig(group_sparsity=0.1)).train()
+    other = GETAConfig.from_dict(CONFIG.to_dict() | {"group_sparsity": 0.1})
+    told = r"with group_sparsity=0\.5, the trainer was given group_sparsity=0\.1: pass the same config"
+    with pytest.raises(ValueError, match=told):
+        make_trainer(tmp_path, model=model, config=other).train()
 
 
 def test_evaluation_before_training_is_that_of_the_dense_model(tmp_path):

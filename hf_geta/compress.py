@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from hf_geta.agreement import agree_on_, agreed_object
 from hf_geta.checkpoint.gather import InPieces
 from hf_geta.checkpoint.layers import PackedLayer
+from hf_geta.checkpoint.manifest import read_manifest
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
 from hf_geta.graph.build import build_qadg
@@ -74,16 +75,12 @@ def prepare_model(
         The same model, with `model.geta`.
 
     Raises:
-        ValueError: no layer to quantize, no axis to prune, a batch that the model does not take, NaN or inf in the
-            activations; each says where and what to do.
+        ValueError: a model that could not be saved compressed, no layer to quantize, no axis to prune, a batch that the
+            model does not take, NaN or inf in the activations; each says where and what to do.
     """
+    refuse_unfit(model)
     if is_prepared(model):
         raise ValueError("this model is prepared already: train it, or start from a fresh one.")
-    if any(isinstance(module, PackedLayer) for module in model.modules()):
-        raise ValueError(
-            "this model is compressed already, its weights are integers: start from the float model, or from "
-            "model.dequantize()."
-        )
     batches = list(calibration_batches or [inputs])
     for name, value in itertools.chain.from_iterable(batch.items() for batch in (inputs, *batches)):
         if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
@@ -100,6 +97,31 @@ def prepare_model(
         undo.pop_all()
     model.geta = preparation  # type: ignore[assignment]
     return model
+
+
+def refuse_unfit(model: nn.Module) -> None:
+    """ValueError for what could be trained, perhaps, but not be saved as a compressed model."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} is no PreTrainedModel, and cannot be saved as one: pass the model inside; merge "
+            "adapters first (model.merge_and_unload())."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"this {type(model).__name__} has adapters beside its weights: merge them first "
+            "(peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()), or delete them."
+        )
+    refuse_compressed(model)
+    read_manifest(model)  # refuses that of another method
+
+
+def refuse_compressed(model: nn.Module) -> None:
+    """ValueError for a model with packed layers, which no optimizer can train."""
+    if any(isinstance(module, PackedLayer) for module in model.modules()):
+        raise ValueError(
+            "this model is compressed already, its weights are integers: start from the float model, or from "
+            "model.dequantize(). Trainer takes no packed model, not even to evaluate it: call the model in a loop."
+        )
 
 
 def find_groups(model: PreTrainedModel, config: GETAConfig, inputs: Inputs, verify: bool | None = None) -> Preparation:

@@ -21,7 +21,14 @@ from hf_geta.agreement import is_distributed
 from hf_geta.checkpoint.directory import check_writable, replace_files
 from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.checkpoint.names import own_tensor_names
-from hf_geta.compress import create_optimizer, finalize_model, prepare_model, rounded_widths
+from hf_geta.compress import (
+    create_optimizer,
+    finalize_model,
+    prepare_model,
+    refuse_compressed,
+    refuse_unfit,
+    rounded_widths,
+)
 from hf_geta.config import GETAConfig
 from hf_geta.first_batches import first_batches
 from hf_geta.hub import card_fields, describe_training, pickled_without_token, push_while_training
@@ -59,7 +66,9 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
             compresses is told by `hf_geta.hub.push_while_training`.
 
     Raises:
-        ValueError: at the start of `train()`, before any step: stages that do not fit the run, no prunable axis, no
+        TypeError: for a `geta_config` that is none.
+        ValueError: for a model that could not be saved compressed, or is compressed already (without a `geta_config`,
+            too). At the start of `train()`, before any step: stages that do not fit the run, no prunable axis, no
             layer to quantize, NaN in calibration, an output folder that is not writable, a teacher that gives
             nothing to follow.
     """
@@ -72,6 +81,11 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         **kwargs: Any,
     ) -> None:
         self._planned_steps = 0
+        if geta_config is not None and not isinstance(geta_config, GETAConfig):
+            raise TypeError(f"geta_config is a {type(geta_config).__name__}: write GETAConfig(**values).")
+        model = args[0] if args else kwargs.get("model")
+        if isinstance(model, torch.nn.Module):  # before Trainer, which knows less of what to do
+            refuse_compressed(model) if geta_config is None else refuse_unfit(model)
         given = args[1] if len(args) > 1 else kwargs.get("args")
         if geta_config is not None and isinstance(given, TrainingArguments):
             check_writable(str(given.output_dir))  # Trainer creates the folder, and says less if it cannot

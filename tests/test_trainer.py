@@ -24,7 +24,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_geta import GETAConfig, GETATrainer, create_optimizer
+from hf_geta import GETAConfig, GETATrainer, create_optimizer, prepare_model
 from hf_geta.compress import rounded_widths
 from hf_geta.measure import float_inputs, output_difference
 from hf_geta.report import load_report
@@ -331,6 +331,45 @@ def test_bad_input_is_refused_before_the_first_step(tmp_path, changes, message):
         make_trainer(tmp_path, model=model, **changes).train()
     assert different_tensors(model, tiny_vit()) == []
     assert set(model.state_dict()) == set(tiny_vit().state_dict())  # nothing of the attempt is left
+
+
+def with_adapters():
+    model = tiny_vit()
+    model._hf_peft_config_loaded = True  # as transformers marks it
+    return model
+
+
+def quantized_by_others():
+    model = tiny_vit()
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.nn.Sequential(tiny_vit()), r"Sequential is no PreTrainedModel.*model\.merge_and_unload\(\)"),
+        (with_adapters, "has adapters beside its weights: merge them first"),
+        (quantized_by_others, r"'bitsandbytes' already; .* del model\.config\.quantization_config"),
+    ],
+)
+def test_what_could_not_be_saved_compressed_is_refused_with_the_way_out(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model=make())
+    with pytest.raises(ValueError, match=message):
+        prepare_model(make(), CONFIG, {"pixel_values": torch.zeros(1, 1, 28, 28)})
+
+
+@pytest.mark.parametrize("config", [CONFIG, None], ids=["compressing", "plain"])
+def test_a_compressed_model_is_refused_in_our_words(finished, tmp_path, config):
+    loaded = AutoModelForImageClassification.from_pretrained(finished[1] / "small")
+    with pytest.raises(ValueError, match=r"compressed already, .*model\.dequantize\(\).* call the model in a loop"):
+        make_trainer(tmp_path, config=config, model=loaded)
+
+
+def test_targets_that_are_no_config_are_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"geta_config is a dict: write GETAConfig\(\*\*values\)"):
+        make_trainer(tmp_path, config=CONFIG.to_dict())
 
 
 def test_a_scheduler_that_does_not_know_the_quantizers_is_refused(tmp_path):

@@ -26,6 +26,7 @@ from transformers import (
 
 from hf_geta import GETAConfig, GETATrainer, create_optimizer, prepare_model
 from hf_geta.compress import rounded_widths
+from hf_geta.hub import describe_training
 from hf_geta.measure import float_inputs, output_difference
 from hf_geta.report import load_report
 
@@ -135,6 +136,15 @@ def test_the_saved_model_is_the_model_that_was_trained(finished):
     files = {path.name for path in (folder / "small").iterdir()}
     assert {"model.safetensors", "config.json", "README.md"} <= files
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+def test_the_report_tells_the_settings_that_the_optimizer_has(tmp_path, decay):
+    """Not AdamW's own default of 0.01: Trainer gives the decay to groups of parameters."""
+    trainer = make_trainer(tmp_path, weight_decay=decay, adam_beta2=0.98)
+    trainer.create_optimizer_and_scheduler(STEPS)
+    told = describe_training(trainer, trainer.qasso)["hyperparameters"]["optimizer"]
+    assert told == f"QASSO around AdamW(betas=(0.9, 0.98), eps=1e-08{', weight_decay=0.05' if decay else ''})"
 
 
 def test_a_fresh_process_needs_only_the_import(finished):

@@ -44,7 +44,14 @@ from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.quantizers import NumberedQuantizers
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable, nearest_allowed
-from hf_geta.preparation import Preparation, is_prepared, preparation_of, prunable_parameters
+from hf_geta.preparation import (
+    Preparation,
+    forget_preparation_,
+    is_prepared,
+    preparation_of,
+    prunable_parameters,
+    warn_when_saved_,
+)
 from hf_geta.quantization.calibration import calibrate_, share_input_quantizers_
 from hf_geta.quantization.experts import split_experts_
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers, restore_modules_
@@ -82,6 +89,11 @@ def prepare_model(
     if is_prepared(model):
         raise ValueError("this model is prepared already: train it, or start from a fresh one.")
     batches = list(calibration_batches or [inputs])
+    if others := [batch for batch in (inputs, *batches) if not isinstance(batch, Mapping)]:
+        raise ValueError(
+            f"a {type(others[0]).__name__} is no batch as the forward takes it: write "
+            f"{{{model.main_input_name!r}: ...}}, all that it takes by name, without labels."
+        )
     for name, value in itertools.chain.from_iterable(batch.items() for batch in (inputs, *batches)):
         if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
             raise ValueError(f"{name} holds NaN: check the data and its preprocessing.")
@@ -96,6 +108,7 @@ def prepare_model(
             _calibrate(model, config, batches)
         undo.pop_all()
     model.geta = preparation  # type: ignore[assignment]
+    warn_when_saved_(model)
     return model
 
 
@@ -209,6 +222,16 @@ def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps:
             "every prunable axis holds a parameter that does not train (requires_grad=False, or not in the optimizer): "
             "let some of them train, or write group_sparsity=0."
         )
+    if preparation.config.prunes and len(axes) < len(preparation.qadg.axes):
+        every, counted = (sum(axis.size for axis in among) for among in (preparation.qadg.axes, axes))
+        logger.warning(
+            "%d of %d prunable axes hold a parameter that does not train and stay whole: only the groups of the others "
+            "count and may go, %d of %d.",
+            len(preparation.qadg.axes) - len(axes),
+            len(preparation.qadg.axes),
+            counted,
+            every,
+        )
     space = PruningSpace(axes, parameters, families)
     quantizers = NumberedQuantizers.of(quantized_layers(model))
     budget = _budget(model, axes, quantizers)
@@ -282,7 +305,7 @@ def _cut(model: PreTrainedModel, removed: Removed) -> Any:
     """A copy without the groups, packed if the run quantizes."""
     preparation = preparation_of(model)
     small: Any = preparation.qadg.prune(model, removed)
-    del small.geta
+    forget_preparation_(small)
     if preparation.config.weight_bits is not None:
         pack_model_(small)
     return small
@@ -296,7 +319,7 @@ def _cut_in_pieces(model: PreTrainedModel, removed: Removed) -> Any:
     if preparation.qadg.can_be_cut:
         pieces.cut(preparation.qadg.kept(small, removed))
         preparation.qadg.prune_and_describe_(small, removed)
-    del small.geta
+    forget_preparation_(small)
     if preparation.config.weight_bits is not None:
         pack_model_(small, pieces.read)
     pieces.fill_()

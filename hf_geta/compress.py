@@ -12,11 +12,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +27,14 @@ from transformers import PreTrainedModel
 from hf_geta.agreement import agree_on_, agreed_object
 from hf_geta.checkpoint.gather import InPieces
 from hf_geta.checkpoint.layers import PackedLayer
+from hf_geta.checkpoint.manifest import read_manifest
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
 from hf_geta.graph.build import build_qadg
 from hf_geta.graph.layerwise import layerwise
 from hf_geta.graph.qadg import Axis, Removed
 from hf_geta.graph.search_space import quantizer_tensors
+from hf_geta.graph.tracing import named_tensors
 from hf_geta.graph.uniform import make_uniform
 from hf_geta.measure import compression_report
 from hf_geta.optim.budget import Budget
@@ -41,7 +44,14 @@ from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.quantizers import NumberedQuantizers
 from hf_geta.optim.space import PruningSpace
 from hf_geta.optim.widths import WidthTable, nearest_allowed
-from hf_geta.preparation import Preparation, is_prepared, preparation_of, prunable_parameters
+from hf_geta.preparation import (
+    Preparation,
+    forget_preparation_,
+    is_prepared,
+    preparation_of,
+    prunable_parameters,
+    warn_when_saved_,
+)
 from hf_geta.quantization.calibration import calibrate_, share_input_quantizers_
 from hf_geta.quantization.experts import split_experts_
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers, restore_modules_
@@ -72,17 +82,18 @@ def prepare_model(
         The same model, with `model.geta`.
 
     Raises:
-        ValueError: no layer to quantize, no axis to prune, a batch that the model does not take, NaN or inf in the
-            activations; each says where and what to do.
+        ValueError: a model that could not be saved compressed, no layer to quantize, no axis to prune, a batch that the
+            model does not take, NaN or inf in the activations; each says where and what to do.
     """
+    refuse_unfit(model)
     if is_prepared(model):
         raise ValueError("this model is prepared already: train it, or start from a fresh one.")
-    if any(isinstance(module, PackedLayer) for module in model.modules()):
-        raise ValueError(
-            "this model is compressed already, its weights are integers: start from the float model, or from "
-            "model.dequantize()."
-        )
     batches = list(calibration_batches or [inputs])
+    if others := [batch for batch in (inputs, *batches) if not isinstance(batch, Mapping)]:
+        raise ValueError(
+            f"a {type(others[0]).__name__} is no batch as the forward takes it: write "
+            f"{{{model.main_input_name!r}: ...}}, all that it takes by name, without labels."
+        )
     for name, value in itertools.chain.from_iterable(batch.items() for batch in (inputs, *batches)):
         if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
             raise ValueError(f"{name} holds NaN: check the data and its preprocessing.")
@@ -97,7 +108,33 @@ def prepare_model(
             _calibrate(model, config, batches)
         undo.pop_all()
     model.geta = preparation  # type: ignore[assignment]
+    warn_when_saved_(model)
     return model
+
+
+def refuse_unfit(model: nn.Module) -> None:
+    """ValueError for what could be trained, perhaps, but not be saved as a compressed model."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} is no PreTrainedModel, and cannot be saved as one: pass the model inside; merge "
+            "adapters first (model.merge_and_unload())."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"this {type(model).__name__} has adapters beside its weights: merge them first "
+            "(peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()), or delete them."
+        )
+    refuse_compressed(model)
+    read_manifest(model)  # refuses that of another method
+
+
+def refuse_compressed(model: nn.Module) -> None:
+    """ValueError for a model with packed layers, which no optimizer can train."""
+    if any(isinstance(module, PackedLayer) for module in model.modules()):
+        raise ValueError(
+            "this model is compressed already, its weights are integers: start from the float model, or from "
+            "model.dequantize(). Trainer takes no packed model, not even to evaluate it: call the model in a loop."
+        )
 
 
 def find_groups(model: PreTrainedModel, config: GETAConfig, inputs: Inputs, verify: bool | None = None) -> Preparation:
@@ -185,6 +222,16 @@ def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps:
             "every prunable axis holds a parameter that does not train (requires_grad=False, or not in the optimizer): "
             "let some of them train, or write group_sparsity=0."
         )
+    if preparation.config.prunes and len(axes) < len(preparation.qadg.axes):
+        every, counted = (sum(axis.size for axis in among) for among in (preparation.qadg.axes, axes))
+        logger.warning(
+            "%d of %d prunable axes hold a parameter that does not train and stay whole: only the groups of the others "
+            "count and may go, %d of %d.",
+            len(preparation.qadg.axes) - len(axes),
+            len(preparation.qadg.axes),
+            counted,
+            every,
+        )
     space = PruningSpace(axes, parameters, families)
     quantizers = NumberedQuantizers.of(quantized_layers(model))
     budget = _budget(model, axes, quantizers)
@@ -246,7 +293,10 @@ def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
     count = sum(len(groups) for groups in removed.values())
     if count < (preparation.groups_to_remove or 0):
         logger.warning("the run ended early: %d of %d groups are removed.", count, preparation.groups_to_remove)
-    small = _cut_in_pieces(model, removed) if Shards(model.parameters()).are_several else _cut(model, removed)
+    with rounded_widths(model) as have_moved:
+        if have_moved:
+            logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
+        small = _cut_in_pieces(model, removed) if Shards(model.parameters()).are_several else _cut(model, removed)
     publish_with_card_(small, compression_report(model))
     return small
 
@@ -255,9 +305,8 @@ def _cut(model: PreTrainedModel, removed: Removed) -> Any:
     """A copy without the groups, packed if the run quantizes."""
     preparation = preparation_of(model)
     small: Any = preparation.qadg.prune(model, removed)
-    del small.geta
+    forget_preparation_(small)
     if preparation.config.weight_bits is not None:
-        _round_widths_(small, preparation.config, whole)
         pack_model_(small)
     return small
 
@@ -270,9 +319,8 @@ def _cut_in_pieces(model: PreTrainedModel, removed: Removed) -> Any:
     if preparation.qadg.can_be_cut:
         pieces.cut(preparation.qadg.kept(small, removed))
         preparation.qadg.prune_and_describe_(small, removed)
-    del small.geta
+    forget_preparation_(small)
     if preparation.config.weight_bits is not None:
-        _round_widths_(small, preparation.config, pieces.read)
         pack_model_(small, pieces.read)
     pieces.fill_()
     return small
@@ -284,21 +332,51 @@ def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in names}
 
 
-@torch.no_grad()
-def _round_widths_(model: nn.Module, config: GETAConfig, read: Callable[[Tensor], Tensor]) -> None:
-    """Whole, allowed widths and blocks that can be packed: as they are after a cool-down.
+@contextlib.contextmanager
+def rounded_widths(model: nn.Module) -> Iterator[bool]:
+    """Meanwhile a prepared model has the widths that `finalize_model` gives it; yields whether they are others.
 
-    Args:
-        read: as in `pack_model_`.
+    Its layers then have copies of their quantizers: what trains is left alone. Of a model in pieces every process calls
+    it.
     """
+    layers = list(quantized_layers(model).values())
+    own = [(layer.weight_quantizer, layer.input_quantizer) for layer in layers]
+    try:
+        for layer, copies in zip(layers, copy.deepcopy(own), strict=True):
+            layer.weight_quantizer, layer.input_quantizer = copies
+        yield bool(layers) and _round_widths_(model)
+    finally:
+        for layer, quantizers in zip(layers, own, strict=True):
+            layer.weight_quantizer, layer.input_quantizer = quantizers
+
+
+@torch.no_grad()
+def _round_widths_(model: nn.Module) -> bool:
+    """Whole, allowed widths and blocks that can be packed, as they are after a cool-down; whether a width has moved."""
+    config = preparation_of(model).config
     numbered = NumberedQuantizers.of(quantized_layers(model))
     table = WidthTable(numbered.quantizers)
     bits = table.bits()
     allowed = [config.allowed_bits(quantizer.widths) for quantizer in table.quantizers]
     final = torch.stack([nearest_allowed(width, widths) for width, widths in zip(bits, allowed, strict=True)])
-    if (bits - final).abs().max() > 1e-3:
-        logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
+    kept = _kept_inputs(model)
     for quantizer, weight, width in zip(table.quantizers, numbered.weights, final.tolist(), strict=True):
-        if quantizer.blocks is not None and weight is not None and not quantizer.blocks.can_be_packed(width):
-            quantizer.move_clips_(read(weight), width, width)
+        if quantizer.blocks is None or weight is None or quantizer.blocks.can_be_packed(width, kept.get(weight)):
+            continue
+        quantizer.move_clips_(whole(weight), width, width, kept.get(weight))
     table.project_(final, final)
+    return bool((bits - final).abs().max() > 1e-3)
+
+
+def _kept_inputs(model: nn.Module) -> dict[Tensor, Tensor]:
+    """Weight with blocks -> which of its inputs are left, (in,) bool, where some will be cut out."""
+    qadg, tensors = preparation_of(model).qadg, named_tensors(model)
+    kept = qadg.kept(model, qadg.zero_groups(model)) if qadg.can_be_cut else {}
+    of_weights = {tensors[name]: dims for name, dims in kept.items()}  # whichever name a tied one has there
+    flags = {}
+    for layer in quantized_layers(model).values():
+        blocks = layer.weight_quantizer.blocks
+        if blocks is not None and (indices := of_weights.get(layer.weight, {}).get(blocks.dim)) is not None:
+            flags[layer.weight] = torch.zeros_like(blocks.block_of, dtype=torch.bool)
+            flags[layer.weight][indices] = True
+    return flags

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,15 @@ class GETAConfig:
         if len(bits) > 2 or self.discrete_bits:
             return tuple(sorted(set(bits)))
         return tuple(range(bits[0], bits[1] + 1))
+
+    def different_fields(self, other: GETAConfig) -> list[str]:
+        """The names of the fields in which another config differs."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+    def in_words(self, names: Iterable[str]) -> str:
+        """Some of the fields as they are written: "group_sparsity=0.5, weight_bits=(4, 8)"."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON/YAML values."""

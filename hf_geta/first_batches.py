@@ -35,3 +35,8 @@ def first_batches(
         dataset = IterableDatasetShard(dataset, size, **shard)
     loader = DataLoader(dataset, collate_fn=collate, generator=generator, **order)
     return list(itertools.islice(loader, count))
+
+
+def column_names(dataset: Any) -> list[str]:
+    """What a sample of the data set has."""
+    return list(getattr(dataset, "column_names", None) or next(iter(dataset)))

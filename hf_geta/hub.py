@@ -112,8 +112,9 @@ def describe_training(trainer: Trainer, qasso: QASSO | None) -> dict[str, Any]:
     hyperparameters = extract_hyperparameters_from_trainer(trainer)
     if qasso is None:
         return {"hyperparameters": hyperparameters}
-    defaults = getattr(qasso.base, "defaults", {})
-    settings = ", ".join(f"{name}={defaults[name]}" for name in OPTIMIZER_SETTINGS if defaults.get(name))
+    groups = qasso.base.param_groups  # not its defaults: Trainer gives the decay to the groups alone
+    largest = {name: max((g[name] for g in groups if g.get(name)), default=None) for name in OPTIMIZER_SETTINGS}
+    settings = ", ".join(f"{name}={value}" for name, value in largest.items() if value)
     hyperparameters["optimizer"] = f"QASSO around {type(qasso.base).__name__}({settings})"
     schedule = qasso.schedule
     begun = schedule.warmup_steps + schedule.projection_steps + schedule.joint_steps

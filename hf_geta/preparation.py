@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
+import types
+from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -10,6 +15,8 @@ from hf_geta.config import GETAConfig
 from hf_geta.graph.qadg import QADG
 from hf_geta.graph.uniform import Family
 from hf_geta.quantization.quantizers import Quantizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +39,36 @@ def preparation_of(model: nn.Module) -> Preparation:
     if not is_prepared(model):
         raise ValueError("this model is not prepared: call prepare_model(model, config, inputs) first.")
     return model.geta  # type: ignore[return-value]
+
+
+def forget_preparation_(model: nn.Module) -> None:
+    """Leave nothing of `prepare_model` on a model but its layers."""
+    del model.geta
+    vars(model).pop("save_pretrained", None)
+
+
+def warn_when_saved_(model: nn.Module) -> None:
+    """Let `save_pretrained` of a prepared model say that it does not write the small one."""
+
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        logger.warning(
+            "this model is in training, and saved as it is, neither pruned nor packed: finalize_model(model) gives the "
+            "small one."
+        )
+        return type(self).save_pretrained(self, *args, **kwargs)
+
+    model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def saved_without_warning(model: nn.Module) -> Iterator[None]:
+    """Meanwhile `save_pretrained` of a prepared model writes it as any other: for checkpoints."""
+    warns = vars(model).pop("save_pretrained", None)
+    try:
+        yield
+    finally:
+        if warns is not None:
+            model.save_pretrained = warns
 
 
 def quantizer_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -15,14 +15,22 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from hf_geta.agreement import is_distributed
-from hf_geta.checkpoint.resumable import damage, last_whole_checkpoint, whole_checkpoints
+from hf_geta.checkpoint.resumable import CONFIG_NAME, damage, last_whole_checkpoint, whole_checkpoints
 from hf_geta.config import GETAConfig
 from hf_geta.optim.finite import refuse_not_finite
 
 UNFINISHED = "_saving"  # no checkpoint's name; and what begins with an underscore is never pushed
+# what another value changes nothing in that a checkpoint holds
+MAY_CHANGE = (
+    "distillation_weight",
+    "distillation_temperature",
+    "distillation_hidden_weight",
+    "calibration_batches",
+    "quantizer_learning_rate",
+)
 TORCH_COULD_NOT_WRITE = ("PytorchStreamWriter", "iostream error")  # torch.save raises RuntimeError for a full disk
 
 
@@ -46,11 +54,14 @@ class ResumableTrainer(Trainer):
             *args, **kwargs: as in Trainer.
 
         Raises:
-            ValueError: before any step: the folder is damaged, or there is none to go on from.
+            ValueError: before any step: the folder is damaged, or there is none to go on from, or it is of a run with
+                other targets.
             OSError: a checkpoint cannot be written; it names the last whole one.
             FloatingPointError: the gradients of many steps in a row held NaN or inf; likewise.
         """
         if self.geta_config is None:
+            folder = resume_from_checkpoint
+            _check_targets(get_last_checkpoint(str(self.args.output_dir)) if folder is True else folder, None)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
@@ -59,6 +70,7 @@ class ResumableTrainer(Trainer):
                 f"{resume_from_checkpoint} cannot be gone on from: {problem}. Name an earlier checkpoint, or "
                 "write resume_from_checkpoint=True for the last whole one."
             )
+        _check_targets(resume_from_checkpoint, self.geta_config)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except FloatingPointError as error:
@@ -88,6 +100,7 @@ class ResumableTrainer(Trainer):
             if is_best:  # by the path that it gets now
                 self.state.best_model_checkpoint = str(run_folder / name)
             if self.args.should_save:
+                self.geta_config.save(run_folder / UNFINISHED / name / CONFIG_NAME)
                 if is_best:
                     self.state.save_to_json(str(run_folder / UNFINISHED / name / TRAINER_STATE_NAME))
                 self._put_in_place(run_folder, name)
@@ -126,6 +139,23 @@ class ResumableTrainer(Trainer):
         """Nothing while a checkpoint is written: it is sent from its place."""
         if not self._is_saving_checkpoint:
             super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _check_targets(checkpoint: str | bool | None, config: GETAConfig | None) -> None:
+    """ValueError for a checkpoint of a run with other targets; one that does not say which is taken as it is."""
+    if not checkpoint or not (file := Path(str(checkpoint)) / CONFIG_NAME).is_file():
+        return
+    if config is None:
+        raise ValueError(
+            f"{checkpoint} is of a run with compression, this one has none: pass "
+            f"geta_config=GETAConfig.from_file({str(file)!r}), or start anew: train() without resume_from_checkpoint."
+        )
+    began = GETAConfig.from_file(file)
+    if names := [name for name in began.different_fields(config) if name not in MAY_CHANGE]:
+        raise ValueError(
+            f"{checkpoint} is of a run with {began.in_words(names)}, this one has {config.in_words(names)}: resume "
+            "with the same, or start anew: train() without resume_from_checkpoint."
+        )
 
 
 def _where_to_go_on(run_folder: str | os.PathLike[str]) -> str:

@@ -7,6 +7,7 @@ compression's state to the logs, and saves the finalized model. Without a `geta_
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 from pathlib import Path
@@ -21,15 +22,22 @@ from hf_geta.agreement import is_distributed
 from hf_geta.checkpoint.directory import check_writable, replace_files
 from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.checkpoint.names import own_tensor_names
-from hf_geta.compress import create_optimizer, finalize_model, prepare_model
+from hf_geta.compress import (
+    create_optimizer,
+    finalize_model,
+    prepare_model,
+    refuse_compressed,
+    refuse_unfit,
+    rounded_widths,
+)
 from hf_geta.config import GETAConfig
-from hf_geta.first_batches import first_batches
+from hf_geta.first_batches import column_names, first_batches
 from hf_geta.hub import card_fields, describe_training, pickled_without_token, push_while_training
 from hf_geta.measure import compression_report, float_inputs, measure_compression, output_difference
 from hf_geta.optim.finite import refuse_not_finite
 from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.schedule import Schedule, Stage
-from hf_geta.preparation import is_prepared, preparation_of
+from hf_geta.preparation import is_prepared, preparation_of, saved_without_warning
 from hf_geta.progress import CompressionProgress
 from hf_geta.randomness import preserved_rng
 from hf_geta.report.cost import Cost
@@ -59,7 +67,9 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
             compresses is told by `hf_geta.hub.push_while_training`.
 
     Raises:
-        ValueError: at the start of `train()`, before any step: stages that do not fit the run, no prunable axis, no
+        TypeError: for a `geta_config` that is none.
+        ValueError: for a model that could not be saved compressed, or is compressed already (without a `geta_config`,
+            too). At the start of `train()`, before any step: stages that do not fit the run, no prunable axis, no
             layer to quantize, NaN in calibration, an output folder that is not writable, a teacher that gives
             nothing to follow.
     """
@@ -72,6 +82,11 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         **kwargs: Any,
     ) -> None:
         self._planned_steps = 0
+        if geta_config is not None and not isinstance(geta_config, GETAConfig):
+            raise TypeError(f"geta_config is a {type(geta_config).__name__}: write GETAConfig(**values).")
+        model = args[0] if args else kwargs.get("model")
+        if isinstance(model, torch.nn.Module):  # before Trainer, which knows less of what to do
+            refuse_compressed(model) if geta_config is None else refuse_unfit(model)
         given = args[1] if len(args) > 1 else kwargs.get("args")
         if geta_config is not None and isinstance(given, TrainingArguments):
             check_writable(str(given.output_dir))  # Trainer creates the folder, and says less if it cannot
@@ -110,10 +125,11 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         if self.geta_config is None:
             return
         if is_prepared(self.model):
-            if (config := preparation_of(self.model).config) != self.geta_config:
+            config = preparation_of(self.model).config
+            if names := config.different_fields(self.geta_config):
                 raise ValueError(
-                    f"the model was prepared with {config}, the trainer was given {self.geta_config}: "
-                    "pass the same config, or a fresh model."
+                    f"the model was prepared with {config.in_words(names)}, the trainer was given "
+                    f"{self.geta_config.in_words(names)}: pass the same config, or a fresh model."
                 )
             return
         with preserved_rng():
@@ -140,6 +156,8 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
                 "create_optimizer_and_scheduler(num_training_steps)."
             )
         Schedule.from_config(self.geta_config, total_steps)  # refuses before a calibration is spent
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            self.get_optimizer_cls_and_kwargs(self.args, self.model)  # so does one whose package is missing
         if not self.in_pieces:
             self._try_teacher()
         self.prepare()
@@ -181,6 +199,14 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         batches = [send_to_device(self._prepare_inputs(batch), self.model.device) for batch in found]
         if not batches:
             raise ValueError("the training dataset is empty: there is nothing to calibrate or to train on.")
+        if any(set(batch) <= set(self.label_names) for batch in batches):
+            known = (*self.label_names, "kwargs")
+            taken = [name for name in inspect.signature(self.model.forward).parameters if name not in known]
+            raise ValueError(
+                f"the training data has {', '.join(column_names(self.train_dataset))}, and nothing that "
+                f"{type(self.model).__name__} takes beside labels ({', '.join(taken)}): rename the columns, or, where "
+                "a data_collator makes its inputs of them, set remove_unused_columns=False in TrainingArguments."
+            )
         return batches
 
     # -- while it trains ------------------------------------------------------------------------------------------
@@ -214,7 +240,8 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
     @property
     def stage(self) -> Stage:
         """The stage of the optimizer step taken last."""
-        assert self.qasso is not None
+        if self.qasso is None:
+            raise ValueError("this run has no stages: train() plans them, if there is a geta_config.")
         return self.qasso.schedule.stage_at(max(self.qasso.step_count - 1, 0))
 
     def measure_compression(self) -> Cost:
@@ -246,8 +273,18 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         finalized as it is, with a warning.
 
         Raises:
+            ValueError: before `train()`.
             RuntimeError: if it does not, which is a bug in the search space; nothing is saved then.
         """
+        if not is_prepared(self.model):
+            raise ValueError("nothing is compressed yet: call train() first, with a geta_config.")
+        self._warn_of_an_early_end()
+        small = finalize_model(self.model)
+        self._check_pruning(small)
+        publish_with_card_(small, self._report(), self._processor)
+        return small
+
+    def _warn_of_an_early_end(self) -> None:
         if self.qasso is not None and (
             self.stage is not Stage.COOLDOWN or int(self.qasso.removed.sum()) != self.qasso.groups_to_remove
         ):
@@ -260,11 +297,13 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
                 int(self.qasso.removed.sum()),
                 self.qasso.groups_to_remove,
             )
-        small = finalize_model(self.model)
+
+    def _check_pruning(self, small: PreTrainedModel) -> None:
+        """Compare the small model with the masked one, both with the widths that are saved, on a calibration batch."""
         with preserved_rng():
             inputs = self._calibration_batches(1)[0]
         set_backend_(small, "reference")  # it is the graph that is checked, not a kernel's rounding or the inputs'
-        with float_inputs(self.model), float_inputs(small):
+        with rounded_widths(self.model), float_inputs(self.model), float_inputs(small):
             difference = output_difference(self.model, small, inputs)
         if self.in_pieces:  # each has looked at a batch of its own
             reshard_(self.model)
@@ -276,8 +315,6 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
                 f"the pruned model's outputs differ from the masked model's by {difference:.1%}: the dependency graph "
                 "is wrong for this model. Nothing was saved; please report the architecture."
             )
-        publish_with_card_(small, self._report(), self._processor)
-        return small
 
     def _save_compressed(self, directory: Path) -> None:
         small, report = self.finalize(), self._report()
@@ -309,7 +346,7 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint keeps the model's own tensor names: `load_state_dict` resumes it, and maps none."""
         names = own_tensor_names(self.model) if is_prepared(self.model) else contextlib.nullcontext()
-        with names, pickled_without_token(self.args):
+        with names, saved_without_warning(self.model), pickled_without_token(self.args):
             super()._save(output_dir, state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

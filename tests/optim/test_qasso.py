@@ -388,6 +388,12 @@ class OneLayer(PreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
+def test_where_everything_trains_nothing_is_said_of_parameters_that_do_not(caplog):
+    model = prepared()
+    create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    assert "does not train" not in caplog.text
+
+
 @pytest.mark.parametrize("saliency", ["taylor", "magnitude"])
 def test_a_model_without_prunable_axes_is_quantized_all_the_same(saliency, tmp_path):
     changes = {"group_sparsity": 0, "saliency": saliency, "modules_to_not_convert": []}
@@ -420,7 +426,7 @@ def test_a_state_of_another_model_is_refused():
         optimizer.load_state_dict(optimizer.base.state_dict())
 
 
-def test_frozen_parameters_are_neither_pruned_nor_written():
+def test_frozen_parameters_are_neither_pruned_nor_written(caplog):
     model = prepared()
     frozen = {name: p for name, p in model.named_parameters() if ".layers.0." in name and "quantizer" not in name}
     for parameter in frozen.values():
@@ -430,6 +436,8 @@ def test_frozen_parameters_are_neither_pruned_nor_written():
     optimizer = create_optimizer(model, OPTIMIZERS["adamw"](trainable), TOTAL_STEPS)
     list(train(model, optimizer, range(TOTAL_STEPS)))
     assert optimizer.removed.sum() == optimizer.groups_to_remove == (4 + 24) // 2  # of the second layer alone
+    assert caplog.text.count("2 of 4 prunable axes hold a parameter that does not train") == 1
+    assert "groups of the others, 28 of 56" in caplog.text
     assert all(torch.equal(parameter, before[name]) for name, parameter in frozen.items())
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="does not train"):

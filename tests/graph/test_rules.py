@@ -113,6 +113,19 @@ def written_by_pieces(m, x):
     return m.from_24(y)
 
 
+def weight_changed_through_a_view(m, x):
+    weight = m.from_hidden.weight.clone()
+    weight[:, :].add_(1)
+    return F.linear(m.to_hidden(x).sigmoid(), weight)
+
+
+def view_of_a_weight_that_is_changed(m, x):
+    weight = m.from_hidden.weight.clone()
+    view = weight.unsqueeze(0)
+    weight.add_(1)
+    return F.linear(m.to_hidden(x).sigmoid(), view.squeeze(0))
+
+
 # forward, shape of x, sizes of the axes that must be found
 SNIPPETS = {
     "linear": (lambda m, x: m.from_hidden(m.to_hidden(x).relu()), ROW, [12]),
@@ -185,6 +198,19 @@ SNIPPETS = {
         [12],
     ),
     "weight that is not zero at zero": (lambda m, x: F.linear(m.to_hidden(x), m.from_hidden.weight.exp()), ROW, []),
+    "weight as an exponent": (lambda m, x: F.linear(m.to_hidden(x).sigmoid(), 2.0**m.from_hidden.weight), ROW, []),
+    "weight as a divisor": (
+        lambda m, x: F.linear(m.to_hidden(x), (1 - (w := m.from_hidden.weight)) / w),
+        ROW,
+        [],
+    ),
+    "weight changed through a view": (weight_changed_through_a_view, ROW, []),
+    "view of a weight that is changed": (view_of_a_weight_that_is_changed, ROW, []),
+    "matmul with a buffer": (
+        lambda m, x: (m.to_hidden(x).sigmoid() @ m.bare_batch_norm.running_var)[..., None],
+        ROW,
+        [],
+    ),
     "attention": (lambda m, x: m.from_hidden(attend(m, x)), ROW, [4]),
     "grouped queries by a flag": (lambda m, x: m.from_hidden(attend(m, x, kv_heads=2, enable_gqa=True)), ROW, [2]),
     "attention of plain products": (eager_attention, ROW, [4]),
@@ -290,7 +316,7 @@ SNIPPETS = {
 def test_a_rule_leaves_exactly_the_axes_on_which_pruned_equals_masked(name):
     forward, shape, sizes = SNIPPETS[name]
     model, inputs = Snippet(forward).eval(), {"x": torch.randn(shape)}
-    qadg = build_qadg(model, inputs)
+    qadg = build_qadg(model, inputs, verify=False)
     assert [axis.size for axis in qadg.axes] == sizes, str(qadg)
     draw = random.Random(0)
     removed = {axis.name: draw.sample(range(axis.size), max(1, axis.size // 3)) for axis in qadg.axes}

@@ -65,8 +65,9 @@ def _weight(node: fx.Node, arguments: tuple[Any, ...], sizes: tuple[int, ...]) -
     if packet is aten.mul:
         keeps = True
     elif packet in (aten.div, aten.pow):
-        power = arguments[1]
-        keeps = operands[0] in full and (packet is aten.div or not isinstance(power, int | float) or power > 0)
+        base, power = arguments[:2]  # 2**w has a number as its base
+        is_weight = any(base is argument for argument in full)
+        keeps = is_weight and (packet is aten.div or not isinstance(power, int | float) or power > 0)
     elif packet in (aten.add, aten.sub):
         keeps = len(full) == len(operands) == 2
     elif packet is aten.clamp:

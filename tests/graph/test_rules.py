@@ -298,6 +298,19 @@ SNIPPETS = {
     "batch norm without weights": (lambda m, x: m.last_conv(m.bare_batch_norm(m.conv(x))), IMAGE, [12]),
     "group norm": (lambda m, x: m.last_conv(m.group_norm(m.conv(x))), IMAGE, [4]),
     "pooling": (lambda m, x: m.last_conv(F.adaptive_avg_pool2d(F.max_pool2d(m.conv(x), 2), 1)), IMAGE, [12]),
+    "padding that moves the axis": (lambda m, x: m.from_hidden(F.pad(m.to_hidden(x), (1, -1))), ROW, []),
+    "padding to a constant": (
+        lambda m, x: m.from_hidden(F.pad(h := m.to_hidden(x), (0, 12 - h.shape[-1]))),
+        ROW,
+        [],
+    ),
+    "a slope for each channel": (lambda m, x: m.last_conv(F.prelu(m.conv(x), m.scale)), IMAGE, [12]),
+    "a slope for each channel, of as many places": (
+        lambda m, x: m.last_conv(F.prelu(m.conv(x), m.scale)),
+        torch.Size((2, 2, 14, 14)),
+        [12],
+    ),
+    "one slope for all": (lambda m, x: m.from_hidden(F.prelu(m.to_hidden(x), m.table.weight[0, :1])), ROW, [12]),
     "padding and resizing": (
         lambda m, x: m.last_conv(F.interpolate(F.pad(m.conv(x), (1, 1)), scale_factor=2)),
         IMAGE,

@@ -33,7 +33,7 @@ ALIASES = (
 )
 
 
-@rule(torch.Tag.pointwise, *LOGIC, *ALIASES, aten.where, aten.log_sigmoid, aten.floor_divide, aten.prelu, aten.isin)
+@rule(torch.Tag.pointwise, *LOGIC, *ALIASES, aten.where, aten.log_sigmoid, aten.floor_divide, aten.isin)
 def pointwise(axes: Axes, *arguments: Any) -> TensorAxes:
     operands = [argument for argument in arguments if isinstance(argument, TensorAxes)]
     for argument in arguments:
@@ -42,6 +42,13 @@ def pointwise(axes: Axes, *arguments: Any) -> TensorAxes:
     result = axes.broadcast(operands, axes.shape)
     result.parameter = _weight(axes.node, arguments, result.sizes)
     return result
+
+
+@rule(aten.prelu)
+def prelu(axes: Axes, x: TensorAxes, weight: TensorAxes) -> TensorAxes:
+    """One slope for all, or one for each entry of dimension 1."""
+    axes.unify(*x[1:2], *weight)
+    return TensorAxes.of(x)
 
 
 @rule(*COPIES, keeps_zeros=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -339,6 +340,33 @@ def test_a_rule_leaves_exactly_the_axes_on_which_pruned_equals_masked(name):
     masked = model(**inputs)
     assert not removed or (masked - dense).abs().max() > 1e-3
     torch.testing.assert_close(small(**inputs), masked, **ROUNDING)
+
+
+NUMBERS = {
+    "a float": lambda h: h.shape[-1] * 0.5,
+    "a quotient": lambda h: divmod(h.shape[-1], 3)[0],
+    "a shift": lambda h: h.shape[-1] << 1,
+    "bits": lambda h: h.shape[-1] & 7,
+    "a square root": lambda h: math.sqrt(h.shape[-1]),
+    "rounded": lambda h: round(h.shape[-1]),
+    "a count": lambda h: h.numel(),
+    "a length": lambda h: len(h.mT[0]),
+    "a tensor": lambda h: torch.tensor(h.shape[-1]),
+    "a filled tensor": lambda h: torch.full((3,), h.shape[-1]),
+    "a tensor filled from another": lambda h: h.new_full((3,), h.shape[-1]),
+    "a tensor filled like another": lambda h: torch.full_like(torch.zeros(3), h.shape[-1]),
+    "numbers up to it": lambda h: torch.arange(h.shape[-1]).sum(),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_size_that_becomes_a_number_of_the_forward_stays(name):
+    def forward(m, x):
+        return m.from_hidden(h := m.to_hidden(x)) * NUMBERS[name](h)
+
+    qadg = build_qadg(Snippet(forward), {"x": torch.randn(ROW)}, verify=False)
+    assert qadg.axes == ()
+    assert "a number of the forward cannot follow" in qadg.explain_frozen()
 
 
 @torch.library.custom_op("hf_geta_tests::double", mutates_args=())

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from hf_geta.graph.integers import TracedInt
 from hf_geta.graph.rules.context import Axes, TensorAxes
 from hf_geta.graph.rules.registry import rule
 
@@ -36,9 +35,7 @@ ALIASES = (
 @rule(torch.Tag.pointwise, *LOGIC, *ALIASES, aten.where, aten.log_sigmoid, aten.floor_divide, aten.isin)
 def pointwise(axes: Axes, *arguments: Any) -> TensorAxes:
     operands = [argument for argument in arguments if isinstance(argument, TensorAxes)]
-    for argument in arguments:
-        if isinstance(argument, TracedInt):
-            axes.require(argument, int(argument), "a number of the forward")
+    axes.fix(arguments)
     result = axes.broadcast(operands, axes.shape)
     result.parameter = _weight(axes.node, arguments, result.sizes)
     return result
@@ -57,7 +54,8 @@ def copies(axes: Axes, x: TensorAxes, *_: Any) -> TensorAxes:
 
 
 @rule(*LIKE)
-def created_like(axes: Axes, x: TensorAxes, *_: Any) -> TensorAxes:
+def created_like(axes: Axes, x: TensorAxes, *numbers: Any) -> TensorAxes:
+    axes.fix(numbers)
     return TensorAxes.of(x)
 
 

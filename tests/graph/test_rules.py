@@ -263,6 +263,26 @@ SNIPPETS = {
         ROW,
         [],
     ),
+    "a number made of the size of a layer": (
+        lambda m, x: m.from_hidden(m.to_hidden(x)) * m.to_hidden.out_features,
+        ROW,
+        [],
+    ),
+    "a number made of the channels of a layer": (
+        lambda m, x: m.last_conv(m.conv(x)) * m.conv.out_channels,
+        IMAGE,
+        [],
+    ),
+    "view by the size of a layer": (
+        lambda m, x: m.from_hidden(m.to_hidden(x).view(2, 7, m.to_hidden.out_features // 3, 3).flatten(2)),
+        ROW,
+        [4],
+    ),
+    "view by a number of all entries": (
+        lambda m, x: m.from_hidden((h := m.to_hidden(x)).view(h.numel() // h.shape[-1], -1)).mean(0),
+        ROW,
+        [12],
+    ),
     "tiles": (lambda m, x: m.from_24(m.to_hidden(x).tile(2)), ROW, [12]),
     "windows over another": (lambda m, x: m.from_hidden(m.to_hidden(x).unfold(1, 2, 1).mean(-1)), ROW, [12]),
     "windows of images": (

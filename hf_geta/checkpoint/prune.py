@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
     (nn.modules.batchnorm._NormBase, {"num_features": 0}),
     (nn.GroupNorm, {"num_channels": 0}),
     (Conv1D, {"nx": 0, "nf": 1}),
+    *((convolution, {"out_channels": 0}) for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+    (nn.modules.conv._ConvTransposeNd, {"in_channels": 0}),
 )
 
 
@@ -113,30 +115,34 @@ def _tensors(model: nn.Module, names: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
+def stated_sizes(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """What a module itself states about its weight: attribute, weight, and the dimension that has this size."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = getattr(module, "running_mean", None)  # a batch norm without an affine map
+    if not isinstance(weight, Tensor):
+        return
+    for owner, attributes in SIZE_ATTRIBUTES:
+        if isinstance(module, owner):
+            for name, dim in attributes.items():
+                yield name, weight, dim
+
+
 def _update_sizes_(model: nn.Module) -> None:
     """Make modules state the sizes that their tensors have."""
     for module in model.modules():
+        for name, tensor, dim in stated_sizes(module):
+            setattr(module, name, tensor.shape[dim])
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
-            weight = getattr(module, "running_mean", None)  # a batch norm without an affine map
-        if not isinstance(weight, Tensor):
             continue
-        for owner, attributes in SIZE_ATTRIBUTES:
-            if isinstance(module, owner):
-                for name, dim in attributes.items():
-                    setattr(module, name, weight.shape[dim])
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             module.normalized_shape = tuple(weight.shape[-len(module.normalized_shape) :])
-        if isinstance(module, nn.modules.conv._ConvNd):
-            _update_convolution_(module, weight)
+        if isinstance(module, nn.modules.conv._ConvNd):  # a filter has the channels of its group only
+            name = "out_channels" if module.transposed else "in_channels"
+            setattr(module, name, weight.shape[1] * module.groups)
     for module in model.modules():
         _update_experts_(module)
-
-
-def _update_convolution_(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:
-    first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
-    setattr(module, first, weight.shape[0])
-    setattr(module, second, weight.shape[1] * module.groups)
 
 
 def _update_experts_(module: nn.Module) -> None:

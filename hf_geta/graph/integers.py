@@ -8,6 +8,7 @@ them becomes an `Equation`; `solving.py` finds the attributes of a pruned model.
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -101,6 +102,18 @@ class TracedInt(int):
     def __neg__(self) -> int:
         return 0 - self
 
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
+    def __lshift__(self, other: int) -> Any:
+        return self * 2**other
+
+    def __rshift__(self, other: int) -> Any:
+        return self // 2**other
+
     def __float__(self) -> float:
         return float(self.as_number())
 
@@ -115,6 +128,8 @@ def _traced(symbol: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:
         if isinstance(other, torch.SymInt):  # does not mix with kinds of int
             return ARITHMETIC[symbol](*((other, int(self)) if reflected else (int(self), other)))
         if not isinstance(other, int):
+            if isinstance(other, numbers.Number):
+                self.as_number()
             return NotImplemented  # floats and tensors: int's own rules, no longer traced
         left, right = (other, self) if reflected else (self, other)
         value = ARITHMETIC[symbol](int(left), int(right))
@@ -125,9 +140,9 @@ def _traced(symbol: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:
     return compute
 
 
-def _number(name: str) -> Callable[[TracedInt, Any], Any]:
-    def compute(self: TracedInt, other: Any) -> Any:
-        return getattr(self.as_number(), name)(other)
+def _number(name: str) -> Callable[..., Any]:
+    def compute(self: TracedInt, *others: Any) -> Any:
+        return getattr(self.as_number(), name)(*others)
 
     return compute
 
@@ -141,7 +156,9 @@ def _comparison(name: str) -> Callable[[TracedInt, Any], Any]:
 
 for _name in ("lt", "le", "gt", "ge"):
     setattr(TracedInt, f"__{_name}__", _comparison(_name))
-for _name in ("truediv", "rtruediv", "pow", "rpow"):  # scales, such as size**-0.5
+BITS = ("and", "rand", "or", "ror", "xor", "rxor", "invert", "rlshift", "rrshift")
+ROUNDING = ("abs", "pos", "round", "trunc", "floor", "ceil")
+for _name in ("truediv", "rtruediv", "pow", "rpow", *BITS, *ROUNDING):  # scales, such as size**-0.5, and rarities
     setattr(TracedInt, f"__{_name}__", _number(f"__{_name}__"))
 for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod")):
     setattr(TracedInt, f"__{_name}__", _traced(_symbol, reflected=False))

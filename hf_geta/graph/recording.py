@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ MARK = "hf_geta_mark"  # key of nodes' metadata, which an export keeps
 # How a forward runs while it is traced: without a cache, and experts by a product of any size, for any number of rows.
 TRACEABLE = {"use_cache": False, "_experts_implementation_internal": "batched_mm"}
 SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+COUNTING = (torch.Tensor.numel, torch.Tensor.nelement, torch.numel)
+MAKING_TENSORS = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, torch.Tensor.new_tensor)
 
 
 def trace_attributes_(model: nn.Module, equalities: list[Equation]) -> dict[Attribute, int]:
@@ -77,11 +80,19 @@ class IntegerRecorder(TorchFunctionMode):
             return result
         if func == SHAPE_GETTER or func is torch.Tensor.size:
             return self._traced_sizes(result, args, kwargs, mode.tracer)
+        if func in COUNTING:
+            return math.prod(self._traced_sizes(args[0].shape, args, kwargs, mode.tracer))
+        if func is torch.Tensor.__len__:
+            length = self._traced_sizes(result, (args[0], 0), kwargs, mode.tracer)
+            return length.as_number() if isinstance(length, TracedInt) else length  # `len` makes a plain int of it
         if func is torch.Tensor.__getitem__:
             self._record_slices(result, *args, tracer=mode.tracer)
         else:
-            integers = list(flat_integers((args, kwargs)))
-            if any(isinstance(value, TracedInt) for value in integers):
+            traced = [value for value in flat_integers((args, kwargs)) if isinstance(value, TracedInt)]
+            if func in MAKING_TENSORS:
+                for value in traced:
+                    value.as_number()
+            elif traced:
                 self._record(result, args, kwargs, mode.tracer)
         return result
 

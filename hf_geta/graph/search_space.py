@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hf_geta.checkpoint.models import classes_by_config
+from hf_geta.checkpoint.prune import stated_sizes
 from hf_geta.config_checks import OPTIONAL_AXES
 from hf_geta.graph.axes import AxisNode, Reason, find, freeze, is_frozen, leaves, positions, tag, tags, unify
 from hf_geta.graph.capture import transient_buffers
 from hf_geta.graph.folding import common_path
-from hf_geta.graph.integers import Attribute
+from hf_geta.graph.integers import Attribute, Equation
 from hf_geta.graph.realizable import freeze_alone_unrealizable, freeze_unrealizable
 from hf_geta.graph.rules.context import BATCHED, CONSUMED, CONVOLVED, LOOKED_UP, STACKED
 from hf_geta.graph.solving import names_in
@@ -65,6 +66,7 @@ class SearchSpace:
             if name not in ignored
             for dim, axis in enumerate(axes)
         }
+        walk.axes.equations += _equations_of_layers(walk, model)
         self._freeze_by_policy(model)
         self.equations = freeze_unrealizable(walk.axes.equations, walk.captured.attributes)
         self.slots: dict[AxisNode, list[Slot]] = {}
@@ -187,6 +189,19 @@ class SearchSpace:
             names[leaf] = next(one for one in itertools.chain([name], numbered) if one not in taken)
             taken.add(names[leaf])
         return names
+
+
+def _equations_of_layers(walk: Walk, model: nn.Module) -> list[Equation]:
+    """The sizes that layers state about their weights, as far as the forward reads them: pruning changes them."""
+    read = {name for equation in walk.axes.equations for name in names_in(equation)}
+    names = {id(tensor): name for name, tensor in walk.captured.tensors.items()}
+    return [
+        Equation(attribute, walk.tensors[name][dim], "the size of a layer", module=path)
+        for path, module in model.named_modules()
+        for stated, weight, dim in stated_sizes(module)
+        if (attribute := Attribute(f"{path}.{stated}".removeprefix("."))) in read
+        and (name := names.get(id(weight))) in walk.tensors
+    ]
 
 
 def quantizer_tensors(model: nn.Module) -> Iterator[str]:

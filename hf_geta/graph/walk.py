@@ -11,7 +11,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import fx
+from torch import fx, nn
 
 from hf_geta.graph.capture import Capture
 from hf_geta.graph.integers import Expression, SizeOf, substitute
@@ -97,7 +97,8 @@ class Walk:
             return None  # a tied name, or a tensor that this forward does not use
         if source not in self.tensors:
             self.tensors[source] = self.axes.fresh(self.captured.tensors[source].shape)
-            self.tensors[source].parameter = source
+            if isinstance(self.captured.tensors[source], nn.Parameter):  # a mask leaves buffers as they are
+                self.tensors[source].parameter = source
         return self.tensors[source]
 
     def _call(self, node: fx.Node) -> Any:
@@ -124,9 +125,19 @@ class Walk:
             return self._give_up(node, arguments, f"the rule for {node.target} does not fit: {error}")
         if key in KEEPS_ZEROS:
             _pass_parameter(arguments, result)
-        if node.target._schema.is_mutable and isinstance(changed := arguments[0][0], TensorAxes):
-            self._values[node.all_input_nodes[0]] = TensorAxes.of(changed)  # no longer known to be a pure weight
+        if node.target._schema.is_mutable and isinstance(arguments[0][0], TensorAxes):
+            self._forget_parameter(node.all_input_nodes[0])
         return result
+
+    def _forget_parameter(self, changed: fx.Node) -> None:
+        """A tensor that was changed in place is no longer known to be a pure weight, nor is what shares its memory."""
+        while (viewed := _viewed(changed)) is not None:
+            changed = viewed
+        sharing = [changed]
+        for node in sharing:
+            value = self._values[node]
+            self._values[node] = TensorAxes.of(value) if isinstance(value, TensorAxes) else value
+            sharing += [user for user in node.users if user in self._values and _viewed(user) is node]
 
     def _by_schema(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         """The arguments in the order of the operator's schema, with defaults, ints traced where they were noted."""
@@ -163,6 +174,14 @@ class Walk:
         if isinstance(shape, list):
             return [None if one is None else self.axes.frozen(one, text) for one in shape]
         return None if shape is None else self.axes.frozen(shape, text)
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """The node whose memory the result of `node` may lie in."""
+    if node.target is operator.getitem:
+        return node.all_input_nodes[0]
+    schema = getattr(node.target, "_schema", None)
+    return node.all_input_nodes[0] if schema and schema.arguments and schema.arguments[0].alias_info else None
 
 
 def _shape(value: Any) -> Any:

@@ -47,6 +47,28 @@ def test_a_traced_int_is_an_int_to_everybody_else():
     assert (four != 4, four != 5, four == 4.0, four != None) == (False, True, True, True)  # noqa: E711
 
 
+def test_quotients_and_shifts_of_a_traced_int_are_arithmetic():
+    def compute(n):
+        return [*divmod(n, 3), *divmod(20, n), n << 2, n >> 1]
+
+    values = compute(TracedInt(7, HEADS))
+    assert values == compute(7)
+    assert [evaluate(expression_of(value), {HEADS: 11}) for value in values] == compute(11)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        *(float, abs, round, lambda n: +n, lambda n: n & 3, lambda n: 3 | n, lambda n: n**2, lambda n: 1 << n),
+        *(lambda n: n / 2, lambda n: n * 0.5, lambda n: n - 1j, lambda n: divmod(n, 2.5)),
+    ],
+)
+def test_what_is_computed_from_a_traced_int_without_a_trace_needs_it_as_it_is(compute):
+    noted: list[Equation] = []
+    assert compute(TracedInt(5, HEADS, noted)) == compute(5)
+    assert set(noted) == {Equation(HEADS, 5, "a number of the forward")}
+
+
 def test_comparisons_that_hold_are_noted():
     noted: list[Equation] = []
     four = TracedInt(4, HEADS, noted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -113,6 +114,19 @@ def written_by_pieces(m, x):
     return m.from_24(y)
 
 
+def weight_changed_through_a_view(m, x):
+    weight = m.from_hidden.weight.clone()
+    weight[:, :].add_(1)
+    return F.linear(m.to_hidden(x).sigmoid(), weight)
+
+
+def view_of_a_weight_that_is_changed(m, x):
+    weight = m.from_hidden.weight.clone()
+    view = weight.unsqueeze(0)
+    weight.add_(1)
+    return F.linear(m.to_hidden(x).sigmoid(), view.squeeze(0))
+
+
 # forward, shape of x, sizes of the axes that must be found
 SNIPPETS = {
     "linear": (lambda m, x: m.from_hidden(m.to_hidden(x).relu()), ROW, [12]),
@@ -185,6 +199,19 @@ SNIPPETS = {
         [12],
     ),
     "weight that is not zero at zero": (lambda m, x: F.linear(m.to_hidden(x), m.from_hidden.weight.exp()), ROW, []),
+    "weight as an exponent": (lambda m, x: F.linear(m.to_hidden(x).sigmoid(), 2.0**m.from_hidden.weight), ROW, []),
+    "weight as a divisor": (
+        lambda m, x: F.linear(m.to_hidden(x), (1 - (w := m.from_hidden.weight)) / w),
+        ROW,
+        [],
+    ),
+    "weight changed through a view": (weight_changed_through_a_view, ROW, []),
+    "view of a weight that is changed": (view_of_a_weight_that_is_changed, ROW, []),
+    "matmul with a buffer": (
+        lambda m, x: (m.to_hidden(x).sigmoid() @ m.bare_batch_norm.running_var)[..., None],
+        ROW,
+        [],
+    ),
     "attention": (lambda m, x: m.from_hidden(attend(m, x)), ROW, [4]),
     "grouped queries by a flag": (lambda m, x: m.from_hidden(attend(m, x, kv_heads=2, enable_gqa=True)), ROW, [2]),
     "attention of plain products": (eager_attention, ROW, [4]),
@@ -236,6 +263,26 @@ SNIPPETS = {
         ROW,
         [],
     ),
+    "a number made of the size of a layer": (
+        lambda m, x: m.from_hidden(m.to_hidden(x)) * m.to_hidden.out_features,
+        ROW,
+        [],
+    ),
+    "a number made of the channels of a layer": (
+        lambda m, x: m.last_conv(m.conv(x)) * m.conv.out_channels,
+        IMAGE,
+        [],
+    ),
+    "view by the size of a layer": (
+        lambda m, x: m.from_hidden(m.to_hidden(x).view(2, 7, m.to_hidden.out_features // 3, 3).flatten(2)),
+        ROW,
+        [4],
+    ),
+    "view by a number of all entries": (
+        lambda m, x: m.from_hidden((h := m.to_hidden(x)).view(h.numel() // h.shape[-1], -1)).mean(0),
+        ROW,
+        [12],
+    ),
     "tiles": (lambda m, x: m.from_24(m.to_hidden(x).tile(2)), ROW, [12]),
     "windows over another": (lambda m, x: m.from_hidden(m.to_hidden(x).unfold(1, 2, 1).mean(-1)), ROW, [12]),
     "windows of images": (
@@ -272,6 +319,19 @@ SNIPPETS = {
     "batch norm without weights": (lambda m, x: m.last_conv(m.bare_batch_norm(m.conv(x))), IMAGE, [12]),
     "group norm": (lambda m, x: m.last_conv(m.group_norm(m.conv(x))), IMAGE, [4]),
     "pooling": (lambda m, x: m.last_conv(F.adaptive_avg_pool2d(F.max_pool2d(m.conv(x), 2), 1)), IMAGE, [12]),
+    "padding that moves the axis": (lambda m, x: m.from_hidden(F.pad(m.to_hidden(x), (1, -1))), ROW, []),
+    "padding to a constant": (
+        lambda m, x: m.from_hidden(F.pad(h := m.to_hidden(x), (0, 12 - h.shape[-1]))),
+        ROW,
+        [],
+    ),
+    "a slope for each channel": (lambda m, x: m.last_conv(F.prelu(m.conv(x), m.scale)), IMAGE, [12]),
+    "a slope for each channel, of as many places": (
+        lambda m, x: m.last_conv(F.prelu(m.conv(x), m.scale)),
+        torch.Size((2, 2, 14, 14)),
+        [12],
+    ),
+    "one slope for all": (lambda m, x: m.from_hidden(F.prelu(m.to_hidden(x), m.table.weight[0, :1])), ROW, [12]),
     "padding and resizing": (
         lambda m, x: m.last_conv(F.interpolate(F.pad(m.conv(x), (1, 1)), scale_factor=2)),
         IMAGE,
@@ -290,7 +350,7 @@ SNIPPETS = {
 def test_a_rule_leaves_exactly_the_axes_on_which_pruned_equals_masked(name):
     forward, shape, sizes = SNIPPETS[name]
     model, inputs = Snippet(forward).eval(), {"x": torch.randn(shape)}
-    qadg = build_qadg(model, inputs)
+    qadg = build_qadg(model, inputs, verify=False)
     assert [axis.size for axis in qadg.axes] == sizes, str(qadg)
     draw = random.Random(0)
     removed = {axis.name: draw.sample(range(axis.size), max(1, axis.size // 3)) for axis in qadg.axes}
@@ -300,6 +360,33 @@ def test_a_rule_leaves_exactly_the_axes_on_which_pruned_equals_masked(name):
     masked = model(**inputs)
     assert not removed or (masked - dense).abs().max() > 1e-3
     torch.testing.assert_close(small(**inputs), masked, **ROUNDING)
+
+
+NUMBERS = {
+    "a float": lambda h: h.shape[-1] * 0.5,
+    "a quotient": lambda h: divmod(h.shape[-1], 3)[0],
+    "a shift": lambda h: h.shape[-1] << 1,
+    "bits": lambda h: h.shape[-1] & 7,
+    "a square root": lambda h: math.sqrt(h.shape[-1]),
+    "rounded": lambda h: round(h.shape[-1]),
+    "a count": lambda h: h.numel(),
+    "a length": lambda h: len(h.mT[0]),
+    "a tensor": lambda h: torch.tensor(h.shape[-1]),
+    "a filled tensor": lambda h: torch.full((3,), h.shape[-1]),
+    "a tensor filled from another": lambda h: h.new_full((3,), h.shape[-1]),
+    "a tensor filled like another": lambda h: torch.full_like(torch.zeros(3), h.shape[-1]),
+    "numbers up to it": lambda h: torch.arange(h.shape[-1]).sum(),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_size_that_becomes_a_number_of_the_forward_stays(name):
+    def forward(m, x):
+        return m.from_hidden(h := m.to_hidden(x)) * NUMBERS[name](h)
+
+    qadg = build_qadg(Snippet(forward), {"x": torch.randn(ROW)}, verify=False)
+    assert qadg.axes == ()
+    assert "a number of the forward cannot follow" in qadg.explain_frozen()
 
 
 @torch.library.custom_op("hf_geta_tests::double", mutates_args=())

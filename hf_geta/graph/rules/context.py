@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_geta.graph.axes import AxisNode, Reason, freeze, tag, unify
-from hf_geta.graph.integers import Equation, Expression, expression_of
+from hf_geta.graph.integers import Equation, Expression, expression_of, flat_integers
 
 # How an axis is used (tags of its leaves): a batch dimension of a product of two activations, summed over with a
 # weight, a channel of a convolution, a column of a lookup table, a dimension of weights stacked by expert.
@@ -107,6 +107,11 @@ class Axes:
         left = expression_of(value) if isinstance(value, int) else value
         if left != axis:
             self.equations.append(Equation(left, axis, reason, self.operator, self.module))
+
+    def fix(self, values: Any) -> None:
+        """Say that the ints among an operator's arguments are no sizes but numbers, which have to stay as they are."""
+        for value in flat_integers(values):
+            self.require(value, int(value), "a number of the forward")
 
     def contract(
         self,

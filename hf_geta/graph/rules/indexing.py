@@ -137,9 +137,15 @@ def grid_sampler(axes: Axes, x: TensorAxes, grid: TensorAxes, *_: Any) -> Tensor
     return TensorAxes.of((batch, x[1], *grid[1:-1]))
 
 
-@rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.scalar_tensor, aten.empty_strided)
+@rule(aten.zeros, aten.ones, aten.empty, aten.scalar_tensor, aten.empty_strided)
 def created(axes: Axes, sizes: Any, *_: Any) -> TensorAxes:
     """A tensor whose entries are all alike fits whatever it meets, at the size the forward asks for."""
+    return _created(axes, sizes)
+
+
+@rule(aten.full)
+def filled(axes: Axes, sizes: Any, number: Any, *_: Any) -> TensorAxes:
+    axes.fix([number])
     return _created(axes, sizes)
 
 
@@ -160,12 +166,14 @@ def drawn_like(axes: Axes, *arguments: Any) -> TensorAxes:
 
 
 @rule(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
-def created_from(axes: Axes, _x: TensorAxes, sizes: Any, *_: Any) -> TensorAxes:
+def created_from(axes: Axes, _x: TensorAxes, sizes: Any, *numbers: Any) -> TensorAxes:
+    axes.fix(numbers)
     return _created(axes, sizes)
 
 
 @rule(aten.arange, aten.linspace, aten.eye, aten.tril_indices, aten.triu_indices)
-def counted(axes: Axes, *_: Any) -> TensorAxes:
+def counted(axes: Axes, *numbers: Any) -> TensorAxes:
+    axes.fix(numbers)
     return axes.frozen(axes.shape, "made of numbers in the forward")
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from hf_geta.graph.integers import TracedInt
 from hf_geta.graph.rules.context import Axes, TensorAxes
 from hf_geta.graph.rules.registry import rule
 
@@ -33,15 +32,20 @@ ALIASES = (
 )
 
 
-@rule(torch.Tag.pointwise, *LOGIC, *ALIASES, aten.where, aten.log_sigmoid, aten.floor_divide, aten.prelu, aten.isin)
+@rule(torch.Tag.pointwise, *LOGIC, *ALIASES, aten.where, aten.log_sigmoid, aten.floor_divide, aten.isin)
 def pointwise(axes: Axes, *arguments: Any) -> TensorAxes:
     operands = [argument for argument in arguments if isinstance(argument, TensorAxes)]
-    for argument in arguments:
-        if isinstance(argument, TracedInt):
-            axes.require(argument, int(argument), "a number of the forward")
+    axes.fix(arguments)
     result = axes.broadcast(operands, axes.shape)
     result.parameter = _weight(axes.node, arguments, result.sizes)
     return result
+
+
+@rule(aten.prelu)
+def prelu(axes: Axes, x: TensorAxes, weight: TensorAxes) -> TensorAxes:
+    """One slope for all, or one for each entry of dimension 1."""
+    axes.unify(*x[1:2], *weight)
+    return TensorAxes.of(x)
 
 
 @rule(*COPIES, keeps_zeros=True)
@@ -50,7 +54,8 @@ def copies(axes: Axes, x: TensorAxes, *_: Any) -> TensorAxes:
 
 
 @rule(*LIKE)
-def created_like(axes: Axes, x: TensorAxes, *_: Any) -> TensorAxes:
+def created_like(axes: Axes, x: TensorAxes, *numbers: Any) -> TensorAxes:
+    axes.fix(numbers)
     return TensorAxes.of(x)
 
 
@@ -65,8 +70,9 @@ def _weight(node: fx.Node, arguments: tuple[Any, ...], sizes: tuple[int, ...]) -
     if packet is aten.mul:
         keeps = True
     elif packet in (aten.div, aten.pow):
-        power = arguments[1]
-        keeps = operands[0] in full and (packet is aten.div or not isinstance(power, int | float) or power > 0)
+        base, power = arguments[:2]  # 2**w has a number as its base
+        is_weight = any(base is argument for argument in full)
+        keeps = is_weight and (packet is aten.div or not isinstance(power, int | float) or power > 0)
     elif packet in (aten.add, aten.sub):
         keeps = len(full) == len(operands) == 2
     elif packet is aten.clamp:

@@ -138,12 +138,22 @@ def pool(axes: Axes, x: TensorAxes, *_: Any) -> TensorAxes | list[TensorAxes]:
     return results if isinstance(axes.shape, list) else results[0]
 
 
-@rule(*UPSAMPLING, aten.pad, aten.constant_pad_nd)
+@rule(*UPSAMPLING)
 def resample(axes: Axes, x: TensorAxes, *_: Any) -> TensorAxes:
-    """Dimensions that change their size are frozen on both sides; channels and batch go through."""
+    """Places are frozen on both sides; channels and batch go through."""
+    axes.freeze(x[2:], "resampled")
+    return TensorAxes.of((*x[:2], *axes.frozen(axes.shape[2:], "resampled")))
+
+
+@rule(aten.pad, aten.constant_pad_nd)
+def pad(axes: Axes, x: TensorAxes, amounts: Sequence[int], *_: Any) -> TensorAxes:
+    """`amounts` are (before, after) for the last dimension, then for the one before it, and so on."""
     result = list(x)
-    for dim, (axis, size) in enumerate(zip(x, axes.shape, strict=True)):
-        if axis.size != size or (dim > 1 and "upsample" in axes.operator):
-            axes.freeze(axis, "padded or resampled")
-            result[dim] = axes.frozen((size,), "padded or resampled")[0]
+    for number, amount in enumerate(amounts):
+        dim = len(x) - 1 - number // 2
+        if isinstance(amount, int):  # else known at run time only
+            axes.require(amount, int(amount), "an amount of padding")
+        if amount != 0:  # also (1, -1), which keeps the size and moves the entries
+            axes.freeze(x[dim], "padded")
+            result[dim] = axes.frozen(axes.shape[dim : dim + 1], "padded")[0]
     return TensorAxes.of(result)

@@ -44,7 +44,10 @@ class ModelArguments(runs.ModelArguments):
 
 
 def load_processor(arguments: ModelArguments, example: Image.Image) -> Any:
-    """The image processor of the model, resizing to `image_size`; for a model from scratch a plain one."""
+    """The image processor of the model, resizing to `image_size`; for a model from scratch a plain one.
+
+    A model from scratch has the channels of its data, or the `num_channels` of its `config_overrides`.
+    """
     if arguments.model_name_or_path is not None:
         processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
         if arguments.image_size is not None:
@@ -52,7 +55,7 @@ def load_processor(arguments: ModelArguments, example: Image.Image) -> Any:
         return processor
     size = arguments.image_size
     height, width = (example.height, example.width) if size is None else (size, size)
-    half = [0.5] * (1 if example.mode == "L" else 3)
+    half = [0.5] * arguments.overrides().get("num_channels", 1 if example.mode == "L" else 3)
     return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=half, image_std=half)
 
 

@@ -5,7 +5,14 @@ import torch
 from image_models import ModelArguments, load_model, load_processor, resize_positions
 from PIL import Image
 from runs import head_optimizer
-from transformers import DeiTConfig, DeiTForImageClassification, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    pipeline,
+)
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 PIXELS = Image.new("L", (12, 12))
@@ -20,6 +27,18 @@ def test_a_model_from_scratch_fits_the_images_and_the_classes(model_type):
     assert inputs["pixel_values"].shape == (1, 1, 12, 12)
     assert model(**inputs).logits.shape == (1, 3)
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_three_channels_of_grey_images_serve_a_pipeline(tmp_path):
+    """Which reads every image as RGB."""
+    arguments = ModelArguments(model_type="vit", config_overrides=SMALL | {"patch_size": 4, "num_channels": 3})
+    processor = load_processor(arguments, PIXELS)
+    model = load_model(arguments, processor, ["a", "b"])
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    scores = pipeline("image-classification", str(tmp_path))(PIXELS)
+    expected = model.eval()(**processor(PIXELS.convert("RGB"), return_tensors="pt")).logits.softmax(-1)[0].tolist()
+    assert {one["label"]: one["score"] for one in scores} == pytest.approx(dict(zip("ab", expected, strict=True)))
 
 
 def test_a_resnet_has_no_image_size_and_takes_any():

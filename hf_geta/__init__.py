@@ -17,7 +17,8 @@ from hf_geta.config import GETAConfig
 importlib.import_module("hf_geta.hf_quantizer")  # registers quant_method "geta"; nothing here uses its names
 
 if TYPE_CHECKING:
-    from hf_geta.compress import create_optimizer, finalize_model, prepare_model
+    from hf_geta.compress import create_optimizer, prepare_model
+    from hf_geta.finalize import finalize_model
     from hf_geta.graph.build import build_qadg
     from hf_geta.graph.qadg import QADG
     from hf_geta.graph.verify import Verification, verify_qadg
@@ -33,7 +34,7 @@ _LAZY = {
     "QASSO": "hf_geta.optim.qasso",
     "build_qadg": "hf_geta.graph.build",
     "create_optimizer": "hf_geta.compress",
-    "finalize_model": "hf_geta.compress",
+    "finalize_model": "hf_geta.finalize",
     "prepare_model": "hf_geta.compress",
     "quantizer_parameters": "hf_geta.preparation",
     "verify_qadg": "hf_geta.graph.verify",

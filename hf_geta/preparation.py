@@ -49,15 +49,15 @@ def forget_preparation_(model: nn.Module) -> None:
 
 def warn_when_saved_(model: nn.Module) -> None:
     """Let `save_pretrained` of a prepared model say that it does not write the small one."""
+    model.save_pretrained = types.MethodType(_save_in_training, model)  # type: ignore[assignment]
 
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        logger.warning(
-            "this model is in training, and saved as it is, neither pruned nor packed: finalize_model(model) gives the "
-            "small one."
-        )
-        return type(self).save_pretrained(self, *args, **kwargs)
 
-    model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[assignment]
+def _save_in_training(model: Any, *args: Any, **kwargs: Any) -> Any:
+    logger.warning(
+        "this model is in training, and saved as it is, neither pruned nor packed: finalize_model(model) gives the "
+        "small one."
+    )
+    return type(model).save_pretrained(model, *args, **kwargs)
 
 
 @contextlib.contextmanager

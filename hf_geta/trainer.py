@@ -22,15 +22,9 @@ from hf_geta.agreement import is_distributed
 from hf_geta.checkpoint.directory import check_writable, replace_files
 from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.checkpoint.names import own_tensor_names
-from hf_geta.compress import (
-    create_optimizer,
-    finalize_model,
-    prepare_model,
-    refuse_compressed,
-    refuse_unfit,
-    rounded_widths,
-)
+from hf_geta.compress import create_optimizer, prepare_model, refuse_compressed, refuse_unfit
 from hf_geta.config import GETAConfig
+from hf_geta.finalize import finalize_model, rounded_widths
 from hf_geta.first_batches import column_names, first_batches
 from hf_geta.hub import card_fields, describe_training, pickled_without_token, push_while_training
 from hf_geta.measure import compression_report, float_inputs, measure_compression, output_difference
@@ -86,7 +80,7 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
             raise TypeError(f"geta_config is a {type(geta_config).__name__}: write GETAConfig(**values).")
         model = args[0] if args else kwargs.get("model")
         if isinstance(model, torch.nn.Module):  # before Trainer, which knows less of what to do
-            refuse_compressed(model) if geta_config is None else refuse_unfit(model)
+            (refuse_compressed if geta_config is None else refuse_unfit)(model)
         given = args[1] if len(args) > 1 else kwargs.get("args")
         if geta_config is not None and isinstance(given, TrainingArguments):
             check_writable(str(given.output_dir))  # Trainer creates the folder, and says less if it cannot

@@ -12,6 +12,7 @@ import logging
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+import hf_geta
 from hf_geta import GETAConfig, GETAQuantizationConfig, GETATrainer
 from hf_geta.checkpoint.directory import replace_text
 from hf_geta.checkpoint.models import is_compressed
@@ -28,6 +30,8 @@ from hf_geta.report import load_report, metrics_table, save_report
 from hf_geta.report.figures import DENSE
 
 logger = logging.getLogger(__name__)
+
+OUR_CODE = (Path(__file__).parent, Path(hf_geta.__file__).parent)
 
 COST_KEYS = (
     "parameters",
@@ -197,6 +201,9 @@ def run_program(main: Callable[[], Any]) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not any(raised_in.is_relative_to(folder) for folder in OUR_CODE):  # nobody wrote it for this user
+            raise
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     leave_processes()
 

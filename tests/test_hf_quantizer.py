@@ -21,8 +21,9 @@ from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.manifest import Manifest, read_manifest, write_manifest_
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.checkpoint.prune import slice_
-from hf_geta.compress import finalize_model, prepare_model
+from hf_geta.compress import prepare_model
 from hf_geta.config import GETAConfig
+from hf_geta.finalize import finalize_model
 from hf_geta.quantization.layers import quantize_modules_, quantized_layers
 from tests.quantization.random_blocks import draw_multipliers_
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hf_geta import GETAConfig, GETATrainer, create_optimizer, prepare_model
-from hf_geta.compress import rounded_widths
+from hf_geta.finalize import rounded_widths
 from hf_geta.hub import describe_training
 from hf_geta.measure import float_inputs, output_difference
 from hf_geta.report import load_report

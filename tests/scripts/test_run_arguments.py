@@ -148,3 +148,9 @@ def test_every_config_is_a_complete_run(path):
         assert path.stem.endswith(f"-{bits}-s{geta.group_sparsity * 100:.0f}")
     assert model.compress
     assert data.dataset_name or data.data_dir
+
+
+def test_an_error_that_nobody_wrote_for_the_user_keeps_its_traceback():
+    """One of a library, hours into a run."""
+    with pytest.raises(ValueError, match="invalid literal"):
+        runs.run_program(lambda: int("seven"))

@@ -122,7 +122,7 @@ def test_the_quick_form_goes_over_the_full_one_and_null_drops(tmp_path):
 def test_unknown_keys_and_fields_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"unknown budget; known are .*budgets"):
         plan_of(tmp_path, SMOKE | {"budget": 1})
-    with pytest.raises(ValueError, match="GETAConfig has no field sparsity"):
+    with pytest.raises(ValueError, match="unknown field of GETAConfig: sparsity; did you mean group_sparsity"):
         plan_of(tmp_path, merged(SMOKE, {"methods": {"geta": {"geta": {"sparsity": 1}}}}))
     with pytest.raises(ValueError, match="needs vit--geta--bops=0.5--seed0"):
         plan_of(tmp_path, merged(SMOKE, {"methods": {"two": {"group_sparsity_of": "geta", "budgets": [0.5]}}}))

@@ -203,12 +203,13 @@ def check_other_uses(masked_model: PreTrainedModel, small: Any, inputs: Mapping[
         padded["attention_mask"][0, -max(1, mask.shape[1] // 3) :] = 0
     for implementation in ("sdpa", "eager"):
         try:
-            masked, pruned = copy.deepcopy(masked_model), copy.deepcopy(small)
+            masked = copy.deepcopy(masked_model)
             masked.set_attn_implementation(implementation)
-            pruned.set_attn_implementation(implementation)
             expected = outputs(masked, padded)
         except Exception:  # it has no such attention, or takes no padding
             continue
+        pruned = copy.deepcopy(small)
+        pruned.set_attn_implementation(implementation)
         if (
             not distance(expected, outputs(pruned, padded)) <= TOLERANCE
             and exact_distance(masked, pruned, padded) > EXACT

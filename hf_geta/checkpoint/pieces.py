@@ -34,8 +34,8 @@ def piece_files(folder: Path, kind: str) -> list[str]:
         ValueError: if files of two saves are there.
     """
     found = [path.stem.rpartition("_")[2] for path in folder.glob(_file_name(kind, "*", "*"))]
-    if len(set(found)) > 1:
-        raise ValueError(f"{folder} has files {kind}_piece_* of several saves, by {', '.join(sorted(set(found)))} processes.")
+    if len(counts := sorted(set(found))) > 1:
+        raise ValueError(f"{folder} has files {kind}_piece_* of several saves, by {', '.join(counts)} processes.")
     processes = int(found[0]) if found and found[0].isdecimal() else len(found)
     return [_file_name(kind, process, processes) for process in range(min(processes, len(found) + 1))]
 

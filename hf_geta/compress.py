@@ -46,8 +46,9 @@ from hf_geta.preparation import (
 )
 from hf_geta.quantization.calibration import calibrate_, share_input_quantizers_
 from hf_geta.quantization.experts import split_experts_
-from hf_geta.quantization.layers import quantize_modules_, quantized_layers, restore_modules_
+from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.outliers import widen_outliers_
+from hf_geta.quantization.swap import quantize_modules_, restore_modules_
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from torch import nn
 
 from hf_geta import GETAConfig, set_backend_
 from hf_geta.checkpoint.pack import pack_layer
-from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.swap import quantize_modules_
 
 WIDTH = 384
 KINDS = ("float32", "bfloat16", "packed, auto")

@@ -12,7 +12,7 @@ from hf_geta import GETAConfig, GETAQuantizationConfig, create_optimizer, finali
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.manifest import read_manifest
 from hf_geta.checkpoint.pack import pack_model_
-from hf_geta.quantization.layers import quantize_modules_
+from hf_geta.quantization.swap import quantize_modules_
 from tests.test_hf_quantizer import FAMILIES, IDS, Twin, TwinConfig, build, load, logits, pack_, prune_, same_files
 
 FLOAT = GETAQuantizationConfig(dequantize=True)

@@ -24,7 +24,8 @@ from hf_geta.checkpoint.prune import slice_
 from hf_geta.compress import prepare_model
 from hf_geta.config import GETAConfig
 from hf_geta.finalize import finalize_model
-from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.swap import quantize_modules_
 from tests.quantization.random_blocks import draw_multipliers_
 
 IDS = {"input_ids": torch.arange(12).view(2, 6)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.manifest import LayerManifest
 from hf_geta.checkpoint.packing import unpack_rows
-from hf_geta.quantization.layers import embedding_class
+from hf_geta.quantization.swap import embedding_class
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override]  # `weight` is read-only here

@@ -17,8 +17,9 @@ from hf_geta.checkpoint.packing import highest_code, pack_codes, pack_multiplier
 from hf_geta.checkpoint.swap import packed_class, replace_with_packed_
 from hf_geta.quantization.blocks import multiplier_unit
 from hf_geta.quantization.kernels import MULTIPLIERS
-from hf_geta.quantization.layers import QuantizedLayer, check_ties, quantized_layers
+from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
+from hf_geta.quantization.swap import check_ties
 
 # A width is a logarithm of learned float32 numbers: this far from a whole number is rounding, not training.
 WIDTH_TOLERANCE_BITS = 1e-3

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from hf_geta.compress import create_optimizer, find_groups
 from hf_geta.config import GETAConfig
 from hf_geta.optim.qasso import QASSO
-from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.swap import quantize_modules_
 
 
 def prepare_skeleton_(model: PreTrainedModel, config: GETAConfig, inputs: Mapping[str, Any]) -> PreTrainedModel:

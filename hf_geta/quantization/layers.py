@@ -1,26 +1,18 @@
-"""Linear, Conv2d, Conv1D and Embedding layers that round their weight and input, and the swap that puts them in."""
+"""Linear, Conv2d, Conv1D and Embedding layers that round their weight and input."""
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections import Counter
-from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_geta.config import GETAConfig
-from hf_geta.quantization.blocks import Blocks
-from hf_geta.quantization.experts import StackedLinear, join_experts_, stacked_parameters
+from hf_geta.quantization.experts import StackedLinear
 from hf_geta.quantization.functional import fake_quantize
 from hf_geta.quantization.kernels import Grid
 from hf_geta.quantization.products import Conv2dProduct, LinearProduct, Product, quantized_product
 from hf_geta.quantization.quantizers import Quantizer
-
-logger = logging.getLogger(__name__)
 
 
 class QuantizedLayer(nn.Module):
@@ -177,184 +169,6 @@ class QuantStackedLinear(QuantizedLayer, StackedLinear):
         return features[:, None] if self.is_transposed else features[None]
 
 
-QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
-    nn.Linear: QuantLinear,
-    nn.Conv2d: QuantConv2d,
-    Conv1D: QuantConv1D,
-    StackedLinear: QuantStackedLinear,
-}
-
-
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Every quantized layer of the model by its module name, in the order of `named_modules`."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
-
-
-def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
-    """Turns Linear, Conv2d and Conv1D layers into quantized ones, in place; returns their module names.
-
-    With `config.quantize_embeddings`, also the input and output embeddings, and whatever is tied to them.
-
-    Weights start at `config.initial_bits` over their own range; inputs (with `config.activation_bits`) stay in float
-    until `calibrate_`. Parameter objects are kept, so ties survive; layers that share a weight share its quantizer.
-    Kept in float are the modules that `config.modules_to_not_convert` names (by a run of dotted components: "fc1",
-    "encoder.layer.0") or, if it is None, the output embeddings and every layer whose weight another module uses too.
-
-    Raises:
-        ValueError: if no layer is left to quantize, if a name matches no module, if a weight is not finite, or if an
-            embedding that is to be quantized cannot be, or if only one of two tied layers would be.
-    """
-    embeddings = set() if config.quantize_embeddings is None else _embedding_weights(model)
-    skipped = _skipped_names(model, config.modules_to_not_convert, embeddings)
-    quantizers: dict[tuple[int, int], Quantizer] = {}
-    names = []
-    for name, module in list(model.named_modules()):
-        is_embedding = id(module._parameters.get("weight")) in embeddings
-        quantized = None if name in skipped else _quantized_class(module, is_embedding)
-        if quantized is None:
-            if is_embedding:
-                raise ValueError(
-                    f"quantize_embeddings={config.quantize_embeddings}: {name}, a {type(module).__name__}, has the "
-                    "weight of an embedding and cannot be quantized (or modules_to_not_convert names it): write none."
-                )
-            continue
-        key = (id(module.weight), quantized.channel_dim)
-        if key not in quantizers:
-            quantizers[key] = _weight_quantizer(name, module, quantized.channel_dim, config, is_embedding)
-        module.float_class = type(module)
-        module.__class__ = quantized  # the same module: hooks, names and references to it stay valid
-        module.weight_quantizer = quantizers[key]
-        module.input_quantizer = None
-        if config.activation_bits is not None and not isinstance(module, nn.Embedding):
-            module.input_quantizer = _input_quantizer(module.weight.device)
-        names.append(name)
-    if not names:
-        raise ValueError(
-            f"{type(model).__name__} has no layer to quantize: no Linear, Conv2d or Conv1D is left "
-            f"with modules_to_not_convert={config.modules_to_not_convert}; shorten that list, or check the model."
-        )
-    if all(isinstance(model.get_submodule(name), StackedLinear) for name in names):
-        raise ValueError(
-            "only experts would be quantized. Where hf_geta is not imported, transformers takes a checkpoint of that "
-            "kind for one without experts and draws random ones: let modules_to_not_convert leave another layer."
-        )
-    check_ties(model)
-    logger.info("quantized %d layers: %s", len(names), ", ".join(names))
-    return names
-
-
-def check_ties(model: nn.Module) -> None:
-    """Packing one of two tied layers would cut the tie, and the file would hold the weight twice.
-
-    Raises:
-        ValueError: if a quantized layer's weight is a parameter of a module that is not quantized.
-    """
-    layers = quantized_layers(model)
-    weights = {layer.weight: name for name, layer in layers.items()}
-    quantized = set(layers.values())
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter in weights and model.get_submodule(name.rpartition(".")[0]) not in quantized:
-            raise ValueError(
-                f"{weights[parameter]}.weight is also {name}, which is not quantized: keep both in float "
-                f"(name {weights[parameter]!r} in modules_to_not_convert) or untie them before training."
-            )
-
-
-def restore_modules_(model: nn.Module) -> None:
-    """Undo `quantize_modules_` and `split_experts_`: the float layers again, with the same parameters."""
-    layers: dict[str, Any] = dict(quantized_layers(model))
-    for layer in layers.values():
-        layer.__class__ = layer.float_class
-        del layer.weight_quantizer, layer.input_quantizer, layer.float_class
-    join_experts_(model)
-
-
-def _quantized_class(module: nn.Module, is_embedding: bool) -> type[QuantizedLayer] | None:
-    """What a layer turns into; a subclass of Linear, such as Falcon's, if its own forward computes what Linear's does.
-
-    Subclasses without a forward of their own are marks, such as torch's for layers whose weight is used elsewhere.
-    """
-    if isinstance(module, nn.Embedding):
-        if not is_embedding or module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
-            return None
-        kind: Any = type(module)
-        return embedding_class(kind, QuantEmbedding)
-    if type(module) in QUANTIZED_CLASSES:
-        return QUANTIZED_CLASSES[type(module)]
-    is_linear = isinstance(module, nn.Linear) and not isinstance(module, QuantizedLayer)
-    has_own = is_linear and type(module).forward is not nn.Linear.forward
-    return QuantLinear if has_own and _computes_a_linear_map(module) else None
-
-
-@functools.cache
-def embedding_class(kind: Any, twin: Any) -> Any:
-    """`twin` for a class of embeddings: where it scales what it looks up, as Gemma's does, so does its twin."""
-    return twin if kind is nn.Embedding else type(f"{twin.__name__}Of{kind.__name__}", (kind, twin), {})
-
-
-@torch.no_grad()
-def _computes_a_linear_map(module: Any) -> bool:
-    """Tried on two rows; with tensors beside weight and bias, or none to try it on, the answer is no."""
-    if module._buffers or module._modules or set(module._parameters) - {"weight", "bias"} or module.weight.is_meta:
-        return False
-    x = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(module.weight)
-    return torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias), rtol=1e-3, atol=1e-5)
-
-
-def _input_quantizer(device: torch.device) -> Quantizer:
-    return Quantizer(learn_exponent=False, enabled=False, device=device, widths="activation_bits")
-
-
-def _weight_quantizer(
-    name: str, module: nn.Module, channel_dim: int, config: GETAConfig, is_embedding: bool
-) -> Quantizer:
-    weight: Any = module.weight
-    if not weight.is_meta and not torch.isfinite(weight).all():
-        raise ValueError(f"{name}.weight contains NaN or infinite values: check the checkpoint that it came from.")
-    shape = None
-    if config.granularity != "tensor" or is_embedding or isinstance(module, StackedLinear):
-        shape = tuple(size if dim == channel_dim else 1 for dim, size in enumerate(weight.shape))
-    widths = "quantize_embeddings" if is_embedding else "weight_bits"
-    blocks = None
-    if config.granularity == "block" and weight.ndim == 2 and weight.shape[channel_dim] > 1 and not is_embedding:
-        blocks = Blocks(weight.shape, 1 - channel_dim, weight.device)
-    quantizer = Quantizer(shape, device=weight.device, widths=widths, blocks=blocks)
-    quantizer.initialize_(weight, config.initial_bits)
-    return quantizer
-
-
-def _embedding_weights(model: nn.Module) -> set[int]:
-    """The identities of the weights that the model's input and output embeddings have.
-
-    Raises:
-        ValueError: where the model looks nothing up.
-    """
-    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-    if not isinstance(ends[0], nn.Embedding):
-        raise ValueError(f"quantize_embeddings: {type(model).__name__} has no nn.Embedding for its inputs: write none.")
-    return {id(module.weight) for module in ends if module is not None}
-
-
-def _skipped_names(model: nn.Module, names: Any, embeddings: Collection[int]) -> set[str]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if names is None:
-        get_output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
-        output = get_output_embeddings()
-        users = Counter(id(p) for module in set(modules.values()) for p in module._parameters.values() if p is not None)
-        return {
-            name
-            for name, module in modules.items()
-            if (module is output or users[id(module._parameters.get("weight"))] > 1)
-            and id(module._parameters.get("weight")) not in embeddings
-        }
-    skipped: set[str] = set()
-    named = [*modules, *stacked_parameters(model)]  # experts that are to stay stacked are no modules
-    for pattern in names:
-        matches = {name for name in named if f".{pattern}." in f".{name}."}
-        if not matches:
-            raise ValueError(
-                f"modules_to_not_convert: {pattern!r} matches no module of {type(model).__name__}; "
-                f"name a module or a run of its dotted components, such as {next(reversed(modules))!r}."
-            )
-        skipped |= matches
-    return skipped

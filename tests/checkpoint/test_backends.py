@@ -15,7 +15,8 @@ from hf_geta.checkpoint import integer
 from hf_geta.checkpoint.layers import BACKENDS, PackedLayer, set_backend_
 from hf_geta.checkpoint.pack import pack_layer, pack_model_
 from hf_geta.config import GETAConfig
-from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.swap import quantize_modules_
 from tests.quantization.random_blocks import draw_multipliers_
 
 needs_kernel = pytest.mark.skipif(

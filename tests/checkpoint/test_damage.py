@@ -20,7 +20,8 @@ import hf_geta.hf_quantizer  # noqa: F401  registers the loader
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
 from hf_geta.graph.build import build_qadg
-from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.swap import quantize_modules_
 from tests.quantization.random_blocks import draw_multipliers_
 
 REFUSALS = (ValueError, OSError, RuntimeError, SafetensorError)

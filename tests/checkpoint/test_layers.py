@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_geta.checkpoint.layers import PackedConv1D, PackedConv2d, PackedLinear
 from hf_geta.checkpoint.pack import pack_layer
 from hf_geta.config import GETAConfig
-from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.swap import quantize_modules_
 from tests.quantization.random_blocks import draw_multipliers_
 
 LAYERS = {

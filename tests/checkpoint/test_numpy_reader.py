@@ -19,7 +19,8 @@ from transformers import (
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
-from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.swap import quantize_modules_
 from tests.checkpoint.numpy_reader import decode, read_weights
 from tests.quantization.random_blocks import draw_multipliers_
 

@@ -8,7 +8,8 @@ from hf_geta.checkpoint.layers import PackedLayer, PackedLinear, set_backend_
 from hf_geta.checkpoint.manifest import LayerManifest, Manifest, read_manifest, write_manifest_
 from hf_geta.checkpoint.pack import pack_layer, pack_model_
 from hf_geta.config import GETAConfig
-from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.swap import quantize_modules_
 
 
 def _llama(tied=False, **changes):

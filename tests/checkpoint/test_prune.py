@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_geta import build_qadg
 from hf_geta.checkpoint.prune import resize_, set_attributes_, slice_
 from hf_geta.config import GETAConfig
-from hf_geta.quantization.layers import quantize_modules_
+from hf_geta.quantization.swap import quantize_modules_
 
 KEPT = torch.tensor([0, 3, 4])
 

@@ -14,7 +14,7 @@ from hf_geta.graph.build import build_qadg
 from hf_geta.graph.integers import TracedInt
 from hf_geta.graph.qadg import QADG
 from hf_geta.quantization.calibration import calibrate_
-from hf_geta.quantization.layers import quantize_modules_
+from hf_geta.quantization.swap import quantize_modules_
 
 # Removing terms of a sum changes the order of the others; outputs are of order one.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}

@@ -16,7 +16,8 @@ from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.config import GETAConfig
 from hf_geta.graph.build import build_qadg
-from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.swap import quantize_modules_
 from tests.zoo.cases import Case
 from tests.zoo.cases import build as build_case
 from tests.zoo.inputs import make_inputs

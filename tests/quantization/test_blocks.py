@@ -12,7 +12,8 @@ from hf_geta.config import GETAConfig
 from hf_geta.quantization import kernels
 from hf_geta.quantization.blocks import Blocks, ids_in_order, multiplier_unit
 from hf_geta.quantization.functional import fake_quantize, quantize_codes, trace_fake_quantize
-from hf_geta.quantization.layers import quantize_modules_, quantized_layers
+from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.swap import quantize_modules_
 from hf_geta.quantization.weight_clips import least_squares_clip
 from tests.quantization.random_blocks import draw_multipliers_
 

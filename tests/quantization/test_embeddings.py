@@ -7,7 +7,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from hf_geta import GETAConfig, build_qadg
 from hf_geta.quantization import fake_quantize, quantize_modules_, quantized_layers
-from hf_geta.quantization.layers import restore_modules_
+from hf_geta.quantization.swap import restore_modules_
 
 CONFIG = GETAConfig(weight_bits=[4, 4], quantize_embeddings=8)
 SIZES = {

@@ -25,7 +25,7 @@ from hf_geta.config import GETAConfig
 from hf_geta.optim.budget import Budget
 from hf_geta.optim.clips import move_clips_
 from hf_geta.optim.finite import FiniteSteps
-from hf_geta.optim.joint import forget_rate, joint_step_size
+from hf_geta.optim.forgetting import step_and_forget_, step_and_forget_blindly_
 from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.quantizers import NumberedQuantizers
 from hf_geta.optim.redundant import RedundantEntries
@@ -221,7 +221,11 @@ class QASSO(OptimizerWrapper):
             self.base.step()
             self.widths.project_(*self.width_bounds())
         else:
-            self._base_step_and_forget(self._entries, period.length_steps - period.offset_steps)
+            left_steps = period.length_steps - period.offset_steps
+            if "joint_rule" in self.config.without:
+                step_and_forget_blindly_(self.base, self._entries, self.width_bounds(), left_steps)
+            else:
+                step_and_forget_(self.base, self._entries, self.width_bounds(), left_steps, self.space.shards)
         self._zero_removed()
         if period.is_last_step:
             self._end_period()
@@ -232,59 +236,6 @@ class QASSO(OptimizerWrapper):
             self.targets.ceilings = agreed(self.targets.ceilings)
             self._move_widths_(self.targets.ceilings, self.targets.ceilings)  # wider ones, too
         self._cache_index_sets()
-
-    def _base_step_and_forget(self, entries: RedundantEntries, left_steps: int) -> None:
-        """The base step; then x <- x - gamma (c + d r) on the redundant entries, with gamma and d as of `joint`."""
-        bounds = self.width_bounds()
-        if "joint_rule" in self.config.without:  # forgetting that knows nothing of rounding and of the gradient
-            self.base.step()
-            self.widths.project_(*bounds)
-            for chunk in entries.chunks:
-                chunk.subtract_(chunk.gather() / left_steps)
-            return
-        before, grids = entries.gather(), entries.grids()
-        self.base.step()
-        self.widths.project_(*bounds)
-        sums = torch.zeros(5, entries.num_segments, device=self.removed.device)
-        sums[4] = entries.squared_norms()
-        for chunk, values in zip(entries.chunks, before, strict=True):
-            clipped, residual = chunk.split_quantized(values, grids)
-            gradient = chunk.gather_gradients()
-            step = chunk.gather() - values
-            chunk.add_sums_(sums, gradient * step, gradient * clipped, gradient * residual, clipped.square())
-        grad_step, grad_clipped, grad_residual, clipped_square, square = self.space.shards.sum_(sums)
-        gamma = forget_rate(grad_step, grad_clipped, clipped_square.sqrt(), square.sqrt(), left_steps)
-        gamma, step_size = self._set_joint_step_sizes(entries, gamma, grad_step, grad_residual, bounds)
-        for chunk, values in zip(entries.chunks, before, strict=True):
-            clipped, residual = chunk.split_quantized(values, grids)
-            chunk.subtract_(chunk.spread(gamma) * (clipped + chunk.spread(step_size) * residual))
-
-    def _set_joint_step_sizes(
-        self,
-        entries: RedundantEntries,
-        gamma: Tensor,
-        grad_step: Tensor,
-        grad_residual: Tensor,
-        bounds: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Apply `joint_step_size` to the tensors that are quantized; (gamma, d) per segment, d = 0 for the others."""
-        segments, rows = entries.quantized_segments, entries.quantizer_rows
-        finest, coarsest = (bound[rows].exp() for bound in self.widths.step_size_bounds(*bounds))
-        log_step_size = self.widths.log_step_size()
-        quantized_gamma, quantized_step_size = joint_step_size(
-            gamma[segments],
-            log_step_size[rows].exp(),
-            grad_step[segments],
-            grad_residual[segments],
-            finest,
-            coarsest,
-        )
-        log_step_size[rows] = quantized_step_size.log()
-        self.widths.write_log_step_size_(log_step_size)
-        self.widths.project_(*bounds)  # exp and log may have moved a bound by one ulp
-        step_size = torch.zeros_like(gamma)
-        gamma[segments], step_size[segments] = quantized_gamma, quantized_step_size
-        return gamma, step_size
 
     def _end_period(self) -> None:
         self.removed |= self.redundant

@@ -24,10 +24,10 @@ from hf_geta.quantization import (
     Quantizer,
     QuantLinear,
     calibrate_,
-    layers,
     quantize_modules_,
     quantized_layers,
 )
+from hf_geta.quantization.swap import restore_modules_
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (2, 3, 6)),
@@ -362,5 +362,5 @@ class OwnLinear(nn.Linear):
 def test_a_subclass_is_quantized_if_it_computes_a_linear_map_and_is_restored_as_what_it_was():
     model = nn.Sequential(OwnLinear(6, 5), ScaledLinear(5, 4))
     assert quantize_modules_(model, GETAConfig(weight_bits=(4, 8))) == ["0"]
-    layers.restore_modules_(model)
+    restore_modules_(model)
     assert [type(module) for module in model] == [OwnLinear, ScaledLinear]

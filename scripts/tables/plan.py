@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from hf_geta import GETAConfig
+from hf_geta.config_checks import refuse_unknown
 
 TABLES = Path(__file__).resolve().parents[2] / "configs" / "tables"
 EXPERIMENT_KEYS = ("label", "task", "data", "model", "training", "geta", "budgets", "seeds", "methods")
@@ -71,7 +72,7 @@ def load_plan(table: str | Path, quick: bool = False, seeds: int | None = None, 
     """
     path = TABLES / f"{table}.yaml" if isinstance(table, str) else table
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    _refuse_unknown(path.name, values, TABLE_KEYS)
+    refuse_unknown(f"key of {path.name}", values, TABLE_KEYS)
     labels: dict[str, str] = {}
     runs: dict[str, Run] = {}
     for experiment, spec in _experiments(values, quick).items():
@@ -98,13 +99,13 @@ def _experiments(values: dict[str, Any], quick: bool) -> dict[str, dict[str, Any
     if quick:
         over = values.get("quick", {})
         own = over.get("experiments", {})
-        _refuse_unknown("quick", over, (*EXPERIMENT_KEYS, "experiments"))
+        refuse_unknown("key of quick", over, (*EXPERIMENT_KEYS, "experiments"))
         for name in {**specs, **own}:
             base = merged(specs.get(name, shared), {key: over[key] for key in over if key != "experiments"})
             specs[name] = merged(base, own.get(name, {}))
     specs = {name: spec for name, spec in specs.items() if spec is not None}
     for name, spec in specs.items():
-        _refuse_unknown(name, spec, EXPERIMENT_KEYS)
+        refuse_unknown(f"key of {name}", spec, EXPERIMENT_KEYS)
     return specs
 
 
@@ -121,7 +122,7 @@ def _runs(prefix: str, experiment: str, spec: dict[str, Any], seeds: int) -> dic
     for seed in range(seeds):
         for name in order:
             method = methods[name]
-            _refuse_unknown(f"{experiment}, {name}", method, METHOD_KEYS)
+            refuse_unknown(f"key of {experiment}, {name}", method, METHOD_KEYS)
             for budget in _budgets(method, spec):
                 needs = {
                     role: _run_name(prefix, other, None if _is_dense(methods[other]) else budget, seed)
@@ -217,8 +218,3 @@ def _run_name(prefix: str, method: str, budget: Mapping[str, Any] | None, seed: 
 
 def _digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _refuse_unknown(where: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(known)}.")

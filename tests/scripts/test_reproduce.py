@@ -120,7 +120,7 @@ def test_the_quick_form_goes_over_the_full_one_and_null_drops(tmp_path):
 
 
 def test_unknown_keys_and_fields_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown budget; known are .*budgets"):
+    with pytest.raises(ValueError, match=r"unknown key of [^:]*: budget; did you mean budgets"):
         plan_of(tmp_path, SMOKE | {"budget": 1})
     with pytest.raises(ValueError, match="unknown field of GETAConfig: sparsity; did you mean group_sparsity"):
         plan_of(tmp_path, merged(SMOKE, {"methods": {"geta": {"geta": {"sparsity": 1}}}}))

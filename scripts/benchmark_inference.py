@@ -57,6 +57,7 @@ def latencies(name: str, folder: Path, variants: Sequence[Variant], rounds: int,
     for variant in variants:
         for workload, call in workloads(name, load(folder, variant), batch).items():
             calls.setdefault(workload, {})[variant.name] = call
+            call()  # reads the prompt whose next token is timed
     measured: Figures = {work: {variant.name: [] for variant in variants} for work in calls}
     for _ in range(rounds):
         for workload, by_variant in calls.items():

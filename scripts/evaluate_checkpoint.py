@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from classification import evaluate_accuracy
 from images import DataArguments, ImageDataset, load_splits
 from multiple_choice import ChoiceArguments, evaluate_multiple_choice
@@ -69,7 +70,7 @@ def evaluate_question_answering(folder: str, data: QuestionArguments, batch_size
     tokenizer = load_tokenizer(folder)
     _, examples = load_questions(data)
     windows, collator = windows_of(examples, tokenizer, data), DataCollatorWithPadding(tokenizer)
-    model = AutoModelForQuestionAnswering.from_pretrained(folder).eval()
+    model = _loaded(AutoModelForQuestionAnswering, folder)
     return evaluate_answers(model, windows, examples, collator, data, batch_size)[0]
 
 
@@ -77,14 +78,14 @@ def evaluate_text_to_text(folder: str, data: PairArguments, batch_size: int) -> 
     """The scores of the model in `folder`, which writes texts."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     _, rows = load_text_rows(data)
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    model = _loaded(AutoModelForSeq2SeqLM, folder)
     return evaluate_texts(model, tokenizer, tokenize_pairs(rows, tokenizer, data), rows, data, batch_size)[0]
 
 
 def evaluate_language_model(folder: str, data: BlockArguments, batch_size: int) -> dict[str, float]:
     """The perplexity of the language model in `folder`."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = _loaded(AutoModelForCausalLM, folder)
     block_size = block_size_of(data, tokenizer, model.config)
     blocks = token_blocks(load_plain_texts(data)[1], tokenizer, block_size, data.max_eval_samples)
     return evaluate_perplexity(model, stacked(blocks, batch_size))
@@ -93,12 +94,17 @@ def evaluate_language_model(folder: str, data: BlockArguments, batch_size: int) 
 def evaluate_choices(folder: str, data: ChoiceArguments, batch_size: int) -> dict[str, float]:
     """The scores of the language model in `folder`, which chooses among answers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = _loaded(AutoModelForCausalLM, folder)
     return evaluate_multiple_choice(model, tokenizer, data.questions(), data.prompt, batch_size)
 
 
+def _loaded(auto_class: Any, folder: str) -> PreTrainedModel:
+    """The model of the folder to evaluate, on a GPU where there is one."""
+    return auto_class.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
 def _classifier(auto_class: Any, folder: str, names: Sequence[str]) -> PreTrainedModel:
-    model = auto_class.from_pretrained(folder).eval()
+    model = _loaded(auto_class, folder)
     if len(names) != model.config.num_labels:
         raise ValueError(f"the data has {len(names)} classes, the model {model.config.num_labels}.")
     return model

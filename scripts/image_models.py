@@ -50,8 +50,11 @@ def load_processor(arguments: ModelArguments, example: Image.Image) -> Any:
     """
     if arguments.model_name_or_path is not None:
         processor = AutoImageProcessor.from_pretrained(arguments.model_name_or_path)
-        if arguments.image_size is not None:
-            processor.size = {"height": arguments.image_size, "width": arguments.image_size}
+        if (size := arguments.image_size) is not None:
+            square = {"height": size, "width": size}
+            processor.size = {"shortest_edge": size} if "shortest_edge" in dict(processor.size) else square
+            if getattr(processor, "crop_size", None) is not None:
+                processor.crop_size = square
         return processor
     size = arguments.image_size
     height, width = (example.height, example.width) if size is None else (size, size)
@@ -71,8 +74,8 @@ def load_model(arguments: ModelArguments, processor: Any, class_names: list[str]
         options = {"ignore_mismatched_sizes": True, "dtype": arguments.dtype}
         name = arguments.model_name_or_path
         model = runs.load_to_train(AutoModelForImageClassification, name, **options, **labels)
-        size = arguments.image_size
-        return model if size in (None, getattr(model.config, "image_size", None)) else resize_positions(model, size)
+        own_size, size = getattr(model.config, "image_size", None), arguments.image_size
+        return model if own_size is None or size in (None, own_size) else resize_positions(model, size)
 
     return AutoModelForImageClassification.from_config(_new_config(arguments, processor, labels))
 
@@ -103,7 +106,7 @@ def resize_positions(model: PreTrainedModel, image_size: int) -> PreTrainedModel
                 raise ValueError(f"{name}: {tuple(weights[name].shape)} cannot be fitted to image_size={image_size}.")
             weights[name] = _interpolate(weights[name], target.shape[1])
     resized.load_state_dict(weights)
-    return resized
+    return resized.to(model.dtype)
 
 
 def _interpolate(positions: torch.Tensor, tokens: int) -> torch.Tensor:

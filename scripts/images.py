@@ -52,7 +52,7 @@ def load_splits(arguments: DataArguments) -> tuple[LabelledImages, LabelledImage
     Raises:
         ValueError: where a split or a column cannot be found; the message names those there are.
     """
-    train, evaluated = (_labelled(split, arguments) for split in splits.load_rows(arguments, splits.IMAGE_EVAL_SPLITS))
+    train, evaluated = (_labelled(split, arguments) for split in splits.load_rows(arguments))
     if evaluated.names != train.names:
         raise ValueError(f"the splits name different classes: {train.names[:5]} ..., {evaluated.names[:5]} ...")
     return _first(train, arguments.max_train_samples), _first(evaluated, arguments.max_eval_samples)
@@ -67,7 +67,10 @@ def _labelled(rows: datasets.Dataset, arguments: DataArguments) -> LabelledImage
         rows = rows.class_encode_column("label")
     if not isinstance(rows.features["image"], datasets.Image):
         rows = rows.cast_column("image", datasets.Image())
-    return LabelledImages(rows, rows.features["label"].names)
+    images = LabelledImages(rows, rows.features["label"].names)
+    if len(rows) and int(images.labels.min()) < 0:
+        raise ValueError(f"split {rows.split}: some images have no class (-1); leave them out, or take another split.")
+    return images
 
 
 def _column(rows: datasets.Dataset, kind: type, names: tuple[str, ...]) -> str:

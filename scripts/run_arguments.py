@@ -30,7 +30,7 @@ def parse_run(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None)
         argv: the command line; None takes the program's own.
 
     Raises:
-        ValueError: for an unknown key or flag, with the nearest and all known names.
+        ValueError: for an unknown key or flag, with the nearest and all known names; for do_predict.
     """
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", help="YAML file with the run's settings; flags override it.")
@@ -45,6 +45,8 @@ def parse_run(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None)
     given, rest = parser.parse_known_args(flags)
     if not given.do_train:  # a report of another model has no place in the folder of the file's run
         parser.set_defaults(output_dir=_local_folder(given.model_name_or_path))
+    if given.do_predict:
+        raise ValueError("do_predict: a run ends with the figures of its evaluation split; leave it out.")
     unknown = [flag for flag in rest if flag.startswith("-")]
     names = [field.name for kind in dataclass_types for field in dataclasses.fields(kind)] + list(flag_of.values())
     refuse_unknown("flag", [flag.lstrip("-").replace("-", "_") for flag in unknown], names)

@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             data_collator=default_data_collator,
         )
     batches = stacked(eval_blocks, args.per_device_eval_batch_size)
-    example = {"input_ids": next(iter(batches))["input_ids"][:1, :LATENCY_TOKENS]}
+    first = next(iter(batches), None)
+    if first is None:  # known of a stream only now
+        raise ValueError("the evaluation texts are shorter than one block: write a smaller block_size.")
+    example = {"input_ids": first["input_ids"][:1, :LATENCY_TOKENS]}
     entry = measure(folder, AutoModelForCausalLM, lambda model: evaluate_perplexity(model, batches), example, args)
     samples = sum(len(batch["input_ids"]) for batch in batches)
     write_report(folder, entry, args, data_args.claim("language-modeling", "perplexity", samples), trainer)

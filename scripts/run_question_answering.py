@@ -9,7 +9,6 @@ report.json are those of run_image_classification.py; output_dir/predictions.jso
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,17 @@ import numpy as np
 import torch
 from questions import BOOKKEEPING, QuestionArguments, load_questions, load_tokenizer, ranked_answers, windows_of
 from run_arguments import parse_run
-from runs import ModelArguments, load_to_train, measure, run_program, train, trained_folder, write_report
-from torch.utils.data import DataLoader
+from runs import (
+    ModelArguments,
+    load_to_train,
+    measure,
+    run_program,
+    train,
+    trained_folder,
+    write_predictions,
+    write_report,
+)
+from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -31,9 +39,18 @@ from transformers import (
     set_seed,
 )
 
+from hf_geta import GETATrainer
+
 METRICS = Path(__file__).parent / "metrics"
 Answers = dict[str, list[dict[str, Any]]]  # question id -> [{text, score}, ...], best first
 LABELS = ("start_positions", "end_positions")
+
+
+class InOrder(GETATrainer):
+    """Evaluates windows in their order, by which answers find their questions; Trainer groups by length there, too."""
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -51,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             model_args,
             args,
             geta_config,
+            InOrder,
             train_dataset=windows_of(train_rows, tokenizer, data_args),
             eval_dataset=windows,
             processing_class=tokenizer,
@@ -69,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     example = collator([windows.remove_columns([*BOOKKEEPING, *LABELS])[0]])
     entry = measure(folder, AutoModelForQuestionAnswering, score, example, args)
     write_report(folder, entry, args, data_args.claim("question-answering", "f1", len(examples)), trainer)
-    (Path(str(args.output_dir)) / "predictions.json").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+    write_predictions(answers, args)
     return entry
 
 

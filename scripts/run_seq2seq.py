@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tune a model that writes one text from another (summaries, translations), pruned and quantized in the same run.
+"""Fine-tune a model that writes one text from another (a column from a column), pruned and quantized in the same run.
 
     python scripts/run_seq2seq.py --config configs/NAME.yaml [--FLAG VALUE ...]
 
@@ -10,7 +10,6 @@ report.json are those of run_image_classification.py; output_dir/predictions.jso
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,16 @@ import evaluate
 import splits
 import torch
 from run_arguments import parse_run
-from runs import ModelArguments, load_to_train, measure, run_program, train, trained_folder, write_report
+from runs import (
+    ModelArguments,
+    load_to_train,
+    measure,
+    run_program,
+    train,
+    trained_folder,
+    write_predictions,
+    write_report,
+)
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -80,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     example["decoder_input_ids"] = example.pop("labels")  # as many as the decoder would read
     entry = measure(folder, AutoModelForSeq2SeqLM, score, example, args)
     write_report(folder, entry, args, data_args.claim("text-to-text", "rouge_l", len(rows)), trainer)
-    (Path(str(args.output_dir)) / "predictions.json").write_text(json.dumps(texts, indent=1) + "\n", encoding="utf-8")
+    write_predictions(texts, args)
     return entry
 
 

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import snapshot_download
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 import hf_geta
 from hf_geta import GETAConfig, GETAQuantizationConfig, GETATrainer
@@ -91,6 +93,7 @@ def train(
     arguments: ModelArguments,
     args: TrainingArguments,
     geta_config: GETAConfig,
+    trainer_class: type[GETATrainer] = GETATrainer,
     **options: Any,
 ) -> GETATrainer:
     """Fine-tune `model`, or its dense twin, and save it in `args.output_dir`; returns the trainer that did.
@@ -99,11 +102,15 @@ def train(
         options: of the trainer: train_dataset, eval_dataset, processing_class, data_collator, compute_metrics ...
 
     Raises:
-        ValueError: for a streamed train_dataset without max_steps: it has no length, and the stages need one.
+        ValueError: for a streamed train_dataset without max_steps: it has no length, and the stages need one; for a
+            dense twin that would lie beside the report and the card of a compressed model.
     """
+    logging.getLogger(hf_geta.__name__).setLevel(args.get_process_log_level())
     if isinstance(options["train_dataset"], IterableDataset) and args.max_steps < 1:
         raise ValueError("streaming=true has no length: write max_steps, the stages are planned over it.")
-    trainer = GETATrainer(
+    if not arguments.compress and load_report(str(args.output_dir)):
+        raise ValueError(f"{args.output_dir} holds a compressed model with its card: write another output_dir.")
+    trainer = trainer_class(
         model=model,
         args=args,
         geta_config=geta_config if arguments.compress else None,
@@ -111,23 +118,38 @@ def train(
         optimizers=(head_optimizer(model, args, arguments.head_learning_rate), None),
         **options,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=_checkpoint(args))
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()  # the main process saves, and all load what it saved
     return trainer
 
 
+def _checkpoint(args: TrainingArguments) -> str | bool | None:
+    """What `--resume_from_checkpoint` says: a folder, or true for the last one of output_dir."""
+    given = args.resume_from_checkpoint
+    if given is None and (last := get_last_checkpoint(str(args.output_dir))) is not None:
+        logger.warning("%s is there, and the run begins anew: --resume_from_checkpoint true goes on from it.", last)
+    return {"true": True, "false": None}.get(str(given).lower(), given)
+
+
 def head_optimizer(
     model: PreTrainedModel, args: TrainingArguments, head_learning_rate: float | None
 ) -> torch.optim.Optimizer | None:
-    """Trainer's own optimizer with a learning rate for the head; None, for Trainer's own, where there is none."""
+    """Trainer's own optimizer with a learning rate for the head; None, for Trainer's own, where there is none.
+
+    Raises:
+        ValueError: for a model without a head of its own, such as one whose head is its embedding.
+    """
     if head_learning_rate is None:
         return None
+    body = model.base_model_prefix + "."
+    if len({name.startswith(body) for name, _ in model.named_parameters()}) < 2:
+        raise ValueError(f"head_learning_rate: {type(model).__name__} has no parameters of a head alone; leave it out.")
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        in_head = not name.startswith(model.base_model_prefix + ".")
+        in_head = not name.startswith(body)
         learning_rate = head_learning_rate if in_head else args.learning_rate
         decay = args.weight_decay if name in decayed else 0.0
         groups.setdefault((learning_rate, decay), []).append(parameter)
@@ -135,11 +157,14 @@ def head_optimizer(
 
 
 def trained_folder(arguments: ModelArguments, args: TrainingArguments) -> str:
-    """Where the checkpoint to measure lies: the run's own, or, with do_train=false, the one that was named."""
+    """Where the checkpoint to measure lies: the run's own, or, with do_train=false, the one that was named.
+
+    One that is named on the Hub is fetched.
+    """
     folder = str(args.output_dir) if args.do_train else arguments.model_name_or_path
     if folder is None:
         raise ValueError("do_train=false evaluates a checkpoint: write model_name_or_path.")
-    return folder
+    return folder if args.do_train or Path(folder).is_dir() else snapshot_download(folder)
 
 
 def measure(
@@ -159,7 +184,7 @@ def measure(
     costs = {
         **DENSE,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **load_report(folder).get("compressed", {}),
+        **report_of(folder).get("compressed", {}),
         "file_bytes": weight_bytes(folder),
         "latency_ms": latency_ms(model, example),
     }
@@ -181,7 +206,7 @@ def write_report(
         claim: what the card says of the data, and how the figures are measured again.
         trainer: of the run; it publishes the card again where it published the model.
     """
-    report, is_main = load_report(folder), args.process_index == 0
+    report, is_main = report_of(folder), args.process_index == 0
     name = "compressed" if report else "dense"
     if report and trainer is not None:
         if is_main:
@@ -196,8 +221,20 @@ def write_report(
     print(metrics_table({name: entry}))
 
 
+def report_of(folder: str) -> dict[str, Any]:
+    """What lies beside a compressed model; nothing beside a dense one, whatever an earlier model has left there."""
+    return load_report(folder) if is_compressed(folder) else {}
+
+
+def write_predictions(predictions: Any, args: TrainingArguments) -> None:
+    """predictions.json in `args.output_dir`; of several processes the main one writes."""
+    if args.process_index == 0:
+        replace_text(Path(str(args.output_dir)) / "predictions.json", json.dumps(predictions, indent=1) + "\n")
+
+
 def run_program(main: Callable[[], Any]) -> None:
     """A whole program: what its user can mend is said in one line, with status 1."""
+    logging.basicConfig(format="%(levelname)s: %(name)s: %(message)s")
     try:
         main()
     except (ValueError, OSError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,8 @@ from typing import Any
 import datasets
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}  # ending -> reader
-# Data sets call the second split one or the other; a test split of texts is often without labels.
-IMAGE_EVAL_SPLITS = ("test", "validation", "valid", "val")
-TEXT_EVAL_SPLITS = ("validation", "validation_matched", "valid", "val", "test")
+# Data sets call the second split one or the other; where there are both, a test split is often without labels.
+EVAL_SPLITS = ("validation", "validation_matched", "valid", "val", "test")
 TRAINING_FIELDS = ("max_train_samples", "crop_padding", "horizontal_flip", "streaming")  # evaluation needs none of them
 STREAM_BUFFER_ROWS = 10_000  # rows of a stream that are shuffled among each other
 
@@ -27,7 +27,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Folder with a file for each split, or several, as parquet, jsonl, json, csv or txt (a row a "
-            "line): train*.parquet, validation*.jsonl, ... Goes before dataset_name."
+            "line): train.parquet, train-00000-of-00002.parquet, validation.jsonl, ... Goes before dataset_name."
         },
     )
     max_train_samples: int | None = dataclasses.field(
@@ -65,8 +65,8 @@ class StreamArguments(DataArguments):
     )
 
 
-def load_rows(arguments: DataArguments, eval_splits: Sequence[str], streaming: bool = False) -> tuple[Any, Any]:
-    """(train, evaluation): the train split and the first of `eval_splits` that there is.
+def load_rows(arguments: DataArguments, streaming: bool = False) -> tuple[Any, Any]:
+    """(train, evaluation): the train split and the first of `EVAL_SPLITS` that there is.
 
     Args:
         streaming: both are IterableDatasets, read while they are used.
@@ -79,10 +79,17 @@ def load_rows(arguments: DataArguments, eval_splits: Sequence[str], streaming: b
     else:
         source = {"path": arguments.dataset_name, "name": arguments.dataset_config_name}
     found = datasets.load_dataset(**source, streaming=streaming)
-    evaluation = next((name for name in eval_splits if name in found), None)
+    evaluation = next((name for name in EVAL_SPLITS if name in found), None)
     if "train" not in found or evaluation is None:
-        raise ValueError(f"splits {', '.join(found)}: a train split and one of {', '.join(eval_splits)} are needed.")
-    return found["train"], found[evaluation]
+        raise ValueError(f"splits {', '.join(found)}: a train split and one of {', '.join(EVAL_SPLITS)} are needed.")
+    return _with_features(found["train"]), _with_features(found[evaluation])
+
+
+def _with_features(rows: Any) -> Any:
+    """The rows, of which a stream may not know the columns before it is read."""
+    if rows.features is not None:
+        return rows
+    return rows.cast(datasets.Dataset.from_list(list(rows.take(1))).features)
 
 
 def _files(folder: Path) -> dict[str, Any]:
@@ -92,8 +99,8 @@ def _files(folder: Path) -> dict[str, Any]:
     for ending, builder in BUILDERS.items():
         files: dict[str, list[str]] = {}
         for file in sorted([*folder.glob(f"*{ending}"), *folder.glob(f"data/*{ending}")]):
-            split = file.stem.split("-")[0].split(".")[0]
-            if split == "metadata" or (builder == "text" and split not in ("train", *TEXT_EVAL_SPLITS)):
+            split = _split_of(file.stem)
+            if split == "metadata" or (builder == "text" and split not in ("train", *EVAL_SPLITS)):
                 continue  # of an image folder; of no data at all
             files.setdefault(split, []).append(str(file))
         if files:
@@ -101,10 +108,16 @@ def _files(folder: Path) -> dict[str, Any]:
     return {"path": "imagefolder", "data_dir": str(folder)}
 
 
+def _split_of(stem: str) -> str:
+    """The split that a file is of, or belongs to as one of several: train-00000-of-00002, train_0, validation.clean."""
+    known = [name for name in ("train", *EVAL_SPLITS) if re.match(rf"{name}([-.]|_?\d|$)", stem)]
+    return known[0] if known else re.split(r"[-.]", stem)[0]
+
+
 def load_text_rows(arguments: DataArguments) -> tuple[Any, Any]:
     """(train, evaluation), as many rows as the arguments allow; streamed, the first is an IterableDataset."""
     streaming = isinstance(arguments, StreamArguments) and arguments.streaming
-    train, evaluation = load_rows(arguments, TEXT_EVAL_SPLITS, streaming)
+    train, evaluation = load_rows(arguments, streaming)
     train = first_rows(train, arguments.max_train_samples)
     evaluation = first_rows(evaluation, arguments.max_eval_samples)
     if streaming:

@@ -18,6 +18,12 @@ class BlockArguments(splits.StreamArguments):
     """Which texts, and how long the blocks are; samples are blocks."""
 
     text_column: str = dataclasses.field(default="text", metadata={"help": "The column with the texts."})
+    max_train_samples: int | None = dataclasses.field(
+        default=None, metadata={"help": "Train on this many blocks, the first ones; of a stream, the first it gives."}
+    )
+    max_eval_samples: int | None = dataclasses.field(
+        default=None, metadata={"help": "Evaluate on this many blocks, the first ones."}
+    )
     block_size: int | None = dataclasses.field(
         default=None, metadata={"help": "Tokens in a block; by default what the model takes, at most 1024."}
     )
@@ -34,7 +40,7 @@ def load_texts(arguments: BlockArguments) -> tuple[Any, Any]:
     Raises:
         ValueError: where a split or the column cannot be found; the message names those there are.
     """
-    loaded = splits.load_rows(arguments, splits.TEXT_EVAL_SPLITS, arguments.streaming)
+    loaded = splits.load_rows(arguments, arguments.streaming)
     train, evaluation = (_texts(rows, arguments.text_column) for rows in loaded)
     if arguments.streaming:
         train = train.shuffle(seed=0, buffer_size=splits.STREAM_BUFFER_ROWS)
@@ -42,8 +48,6 @@ def load_texts(arguments: BlockArguments) -> tuple[Any, Any]:
 
 
 def _texts(rows: Any, column: str) -> Any:
-    if rows.column_names is None:  # a stream may not know before it is read
-        rows = rows.resolve_features()
     splits.require_columns(rows, [column])
     rows = rows.select_columns([column])
     return rows if column == "text" else rows.rename_column(column, "text")

@@ -40,8 +40,10 @@ make_venv() {
     fi
     echo "Installing hf-geta into $directory (once; a few minutes) ..."
     rm -f "$stamp"
-    [ -x "$PYTHON" ] || "${HF_GETA_PYTHON:-python3}" -m venv "$directory"
-    "$PYTHON" -c 'import sys; sys.exit("hf-geta needs Python 3.11 or newer; set HF_GETA_PYTHON to one" if sys.version_info < (3, 11) else 0)'
+    if [ ! -x "$PYTHON" ]; then
+        "${HF_GETA_PYTHON:-python3}" -c 'import sys; sys.exit("hf-geta needs Python 3.11 or newer; set HF_GETA_PYTHON to one" if sys.version_info < (3, 11) else 0)'
+        "${HF_GETA_PYTHON:-python3}" -m venv "$directory"
+    fi
     install_torch
     "$PYTHON" -m pip install --quiet --editable ".[$extras]"
     cp pyproject.toml "$stamp"

@@ -55,10 +55,11 @@ def test_numbers_and_names_are_classes_in_their_order(tmp_path):
 def test_a_test_split_stands_in_where_no_validation_is(tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}-00000.jsonl").write_text(json.dumps({"text": split, "label": 0}) + "\n")
-    _, evaluation = load_rows(TextArguments(data_dir=str(tmp_path)), ("validation", "test"))
+    _, evaluation = load_rows(TextArguments(data_dir=str(tmp_path)))
     assert evaluation[0]["text"] == "test"
-    with pytest.raises(ValueError, match="splits .*test.*: a train split and one of validation are needed"):
-        load_rows(TextArguments(data_dir=str(tmp_path)), ("validation",))
+    (tmp_path / "test-00000.jsonl").rename(tmp_path / "other.jsonl")
+    with pytest.raises(ValueError, match="splits .*other.*: a train split and one of validation, .* are needed"):
+        load_rows(TextArguments(data_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import transformers
+from runs import run_program
 from tables import markdown, picture
 from tables.plan import Plan, Run, load_plan, table_names
 from tables.run import Folders, execute, finished
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is missing of a table and write its results; returns them."""
     arguments = _parse(argv)
     folders = Folders(Path(arguments.output_dir) / arguments.table, arguments.data_dir)
+    if arguments.workers < 1:
+        raise ValueError(f"workers={arguments.workers}: write a whole number, 1 or more.")
     if arguments.render:
         results = json.loads((folders.table / "results.json").read_text(encoding="utf-8"))
         results["summary"] = summarize(results["runs"])
@@ -195,8 +198,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
+def _program() -> None:
     began = time.perf_counter()
     failures = main()["failed"]
     print(f"{time.perf_counter() - began:.0f} s")
-    sys.exit(1 if failures else 0)
+    if failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_program(_program)

@@ -31,7 +31,8 @@ from hf_geta.config_checks import refuse_unknown
 TABLES = Path(__file__).resolve().parents[2] / "configs" / "tables"
 EXPERIMENT_KEYS = ("label", "task", "data", "model", "training", "geta", "budgets", "seeds", "methods")
 TABLE_KEYS = (*EXPERIMENT_KEYS, "title", "answer", "experiments", "quick")
-METHOD_KEYS = ("label", "compress", "geta", "stages", "budgets", "teacher", "group_sparsity_of")
+ROLES = ("teacher", "group_sparsity_of")  # keys of a method that name another one
+METHOD_KEYS = ("label", "compress", "geta", "stages", "budgets", *ROLES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,8 @@ def load_plan(table: str | Path, quick: bool = False, seeds: int | None = None, 
         rows: methods, experiments or EXPERIMENT/METHOD to run, with what those need; all if empty.
 
     Raises:
-        ValueError: for a key or a row that there is not, and for a GETAConfig that is refused.
+        ValueError: for a key, a method or a row that there is not, for fewer than one seed, and for a GETAConfig that
+            is refused.
     """
     path = TABLES / f"{table}.yaml" if isinstance(table, str) else table
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -80,7 +82,10 @@ def load_plan(table: str | Path, quick: bool = False, seeds: int | None = None, 
         for method in _methods(spec):
             labels[method] = spec["methods"][method].get("label", method)
         prefix = "quick-" if quick else ""  # both forms may share a folder
-        runs |= _runs(f"{prefix}{experiment}", experiment, spec, seeds or spec.get("seeds", 1))
+        count = spec.get("seeds", 1) if seeds is None else seeds
+        if count < 1:
+            raise ValueError(f"seeds={count}: write a whole number, 1 or more.")
+        runs |= _runs(f"{prefix}{experiment}", experiment, spec, count)
     title, answer = values.get("title", path.stem), values.get("answer", {})
     return Plan(path.stem, title, quick, answer, labels, tuple(_chosen(runs, rows)))
 
@@ -116,17 +121,17 @@ def _methods(spec: Mapping[str, Any]) -> list[str]:
 def _runs(prefix: str, experiment: str, spec: dict[str, Any], seeds: int) -> dict[str, Run]:
     """The runs of one experiment by name, each after those that it needs."""
     methods = {name: spec["methods"][name] for name in _methods(spec)}
+    _check_methods(experiment, methods)
     taught_by = {method.get("teacher") for method in methods.values()}
     order = sorted(methods, key=lambda name: _depth(name, methods))
     runs: dict[str, Run] = {}
     for seed in range(seeds):
         for name in order:
             method = methods[name]
-            refuse_unknown(f"key of {experiment}, {name}", method, METHOD_KEYS)
             for budget in _budgets(method, spec):
                 needs = {
                     role: _run_name(prefix, other, None if _is_dense(methods[other]) else budget, seed)
-                    for role in ("teacher", "group_sparsity_of")
+                    for role in ROLES
                     if (other := method.get(role)) is not None
                 }
                 settings = {
@@ -148,10 +153,21 @@ def _runs(prefix: str, experiment: str, spec: dict[str, Any], seeds: int) -> dic
     return runs
 
 
-def _depth(name: str, methods: Mapping[str, Any]) -> int:
-    """How many methods must have run before this one."""
-    before = [methods[name].get(role) for role in ("teacher", "group_sparsity_of")]
-    return max((1 + _depth(other, methods) for other in before if other is not None), default=0)
+def _check_methods(experiment: str, methods: Mapping[str, Any]) -> None:
+    """Refuse unknown keys, and a teacher or another method that the experiment has not."""
+    for name, method in methods.items():
+        refuse_unknown(f"key of {experiment}, {name}", method, METHOD_KEYS)
+        for role in ROLES:
+            if (other := method.get(role)) is not None:
+                refuse_unknown(f"{role} of {experiment}, {name}", [other], list(methods))
+
+
+def _depth(name: str, methods: Mapping[str, Any], after: Sequence[str] = ()) -> int:
+    """How many methods must have run before this one, which those of `after` need."""
+    if name in after:
+        raise ValueError(f"{name} needs itself, by way of {', '.join(after)}: drop one teacher or group_sparsity_of.")
+    before = [other for role in ROLES if (other := methods[name].get(role)) is not None]
+    return max((1 + _depth(other, methods, (*after, name)) for other in before), default=0)
 
 
 def _is_dense(method: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import statistics
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -126,6 +127,33 @@ def test_unknown_keys_and_fields_are_refused(tmp_path):
         plan_of(tmp_path, merged(SMOKE, {"methods": {"geta": {"geta": {"sparsity": 1}}}}))
     with pytest.raises(ValueError, match="needs vit--geta--bops=0.5--seed0"):
         plan_of(tmp_path, merged(SMOKE, {"methods": {"two": {"group_sparsity_of": "geta", "budgets": [0.5]}}}))
+
+
+@pytest.mark.parametrize("role", ["teacher", "group_sparsity_of"])
+def test_a_method_that_there_is_not_is_refused_with_the_nearest(tmp_path, role):
+    with pytest.raises(ValueError, match=rf"unknown {role} of vit, geta: dnese; did you mean dense\?"):
+        plan_of(tmp_path, merged(SMOKE, {"methods": {"geta": {role: "dnese"}}}))
+
+
+def test_methods_that_need_each_other_are_refused(tmp_path):
+    methods = {"geta": {"teacher": "quantization_only"}, "quantization_only": {"group_sparsity_of": "geta"}}
+    with pytest.raises(ValueError, match="geta needs itself, by way of geta, quantization_only"):
+        plan_of(tmp_path, merged(SMOKE, {"methods": methods}))
+
+
+@pytest.mark.parametrize("seeds", [0, -1])
+def test_fewer_than_one_seed_are_refused(tmp_path, seeds):
+    with pytest.raises(ValueError, match=f"seeds={seeds}: write a whole number, 1 or more"):
+        plan_of(tmp_path, SMOKE, seeds=seeds)
+    with pytest.raises(ValueError, match=f"seeds={seeds}:"):
+        plan_of(tmp_path, SMOKE | {"seeds": seeds})
+
+
+@pytest.mark.parametrize("options", [["--seeds", "0"], ["--workers", "0"], ["--rows", "no_such"]])
+def test_an_error_of_the_user_ends_the_program_in_one_line(monkeypatch, options, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "vit", "--output_dir", str(tmp_path), *options])
+    with pytest.raises(SystemExit, match=r"^reproduce.py: (seeds=0|workers=0|no row no_such)[^\n]*$"):
+        reproduce.run_program(reproduce._program)
 
 
 def test_a_later_stage_has_the_same_budget_relative_to_the_dense_model():

@@ -13,7 +13,7 @@ import torch
 import yaml
 from tables import markdown, picture
 from tables.data import Images, Split, TrainingImages
-from tables.plan import Run, load_plan, merged, table_names
+from tables.plan import TABLES, Run, load_plan, merged, table_names
 from tables.run import Folders, _stage_config
 from tables.summary import ranking, summarize, within_points
 from write_mnist5k import write_mnist5k
@@ -83,6 +83,17 @@ def test_a_run_stands_after_those_that_it_needs():
         assert len(set(names)) == len(names)
         for run in load_plan(table).runs:
             assert all(names.index(other) < names.index(run.name) for other in run.needs)
+
+
+def test_every_local_folder_has_one_name_and_stands_in_the_readme():
+    lines = (TABLES / "README.md").read_text().splitlines()
+    folders = {}
+    for table in table_names():
+        for settings in (run.settings for quick in (False, True) for run in load_plan(table, quick).runs):
+            for spec in filter(None, (settings["data"], settings["model"].get("pretrained"))):
+                assert folders.setdefault(spec["hub"], spec["folder"]) == spec["folder"]
+                (line,) = (line for line in lines if line.startswith(f"| `{spec['folder']}` | `{spec['hub']}`"))
+                assert f"`{table}`" in line
 
 
 def test_two_stages_take_their_sparsity_from_the_run_of_the_same_seed_and_budget():

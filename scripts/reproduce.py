@@ -12,18 +12,14 @@ interrupted goes on where it stopped. It ends with results.json, results.md, res
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import datetime
+import functools
 import json
-import multiprocessing
 import os
 import platform
 import sys
-import threading
 import time
-import traceback
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +31,11 @@ import torch
 import transformers
 from runs import run_program
 from tables import markdown, picture
-from tables.plan import Plan, Run, load_plan, table_names
+from tables.plan import Plan, load_plan, table_names
 from tables.run import Folders, execute, finished
 from tables.summary import score_of, summarize
 from tables.tasks import load_task
+from tables.workers import outcomes
 
 import hf_geta
 
@@ -70,7 +67,8 @@ def run_table(plan: Plan, folders: Folders, workers: int, command: Sequence[str]
             settings, folders.data_dir, folders.prepared(settings["experiment"], plan.quick)
         )  # once, for all runs
     failed: dict[str, str] = {}
-    for name, outcome in _outcomes(missing, plan, folders, workers):
+    job = functools.partial(execute, folders=folders, quick=plan.quick)
+    for name, outcome in outcomes(missing, job, workers):
         if isinstance(outcome, dict):
             done[name] = outcome
             figures = outcome["figures"]
@@ -93,55 +91,6 @@ def run_table(plan: Plan, folders: Folders, workers: int, command: Sequence[str]
         "summary": summarize(runs),
         "runs": runs,
     }
-
-
-def _outcomes(
-    runs: Sequence[Run], plan: Plan, folders: Folders, workers: int
-) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """(name, result or why there is none), as runs finish; a run waits for those that it needs."""
-    waiting = {run.name: run for run in runs}
-    with _pool(workers) as pool:
-        running: dict[concurrent.futures.Future, str] = {}
-        broken: set[str] = set()
-        while waiting or running:
-            for name, run in list(waiting.items()):
-                if broken & set(run.needs):
-                    broken.add(name)
-                    del waiting[name]
-                    yield name, "a run that it needs did not finish."
-                elif not (set(run.needs) & (set(waiting) | set(running.values()))):
-                    prepared = folders.prepared(run.settings["experiment"], plan.quick)
-                    running[pool.submit(execute, run, folders, prepared)] = name
-                    del waiting[name]
-            ready, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in ready:
-                name = running.pop(future)
-                error = future.exception()
-                if error is not None:
-                    broken.add(name)
-                    traceback.print_exception(error)
-                yield name, future.result() if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _pool(workers: int) -> concurrent.futures.Executor:
-    os.environ["TQDM_DISABLE"] = "1"  # for the workers, whose bars would run over each other
-    context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker)
-
-
-def _start_worker() -> None:
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
-
-
-def _end_with_parent(parent: int) -> None:
-    """A killed table must not leave its runs behind, which would slow everything that follows."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def write(results: dict[str, Any], folder: Path) -> None:

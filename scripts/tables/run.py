@@ -74,11 +74,12 @@ def library_digest() -> str:
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
-def execute(run: Run, folders: Folders, prepared: Path) -> dict[str, Any]:
+def execute(run: Run, folders: Folders, quick: bool) -> dict[str, Any]:
     """Train, measure, and write the result as JSON; written beside, then renamed."""
     started = time.perf_counter()
+    task = load_task(run.settings, folders.data_dir, folders.prepared(run.settings["experiment"], quick))
     with tempfile.TemporaryDirectory() as temporary:
-        figures = train_and_measure(run, folders, load_task(run.settings, folders.data_dir, prepared), Path(temporary))
+        figures = train_and_measure(run, folders, task, Path(temporary))
         if run.keeps_model:
             shutil.rmtree(folders.model(run.name), ignore_errors=True)
             shutil.copytree(Path(temporary) / "model", folders.model(run.name))

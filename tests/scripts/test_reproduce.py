@@ -11,7 +11,7 @@ import pytest
 import reproduce
 import torch
 import yaml
-from tables import markdown, picture
+from tables import markdown, picture, workers
 from tables.data import Images, Split, TrainingImages
 from tables.plan import TABLES, Run, load_plan, merged, table_names
 from tables.run import Folders, _stage_config
@@ -276,7 +276,7 @@ def test_figures_are_those_of_what_was_asked_for(smoke):
 
 def test_a_finished_run_is_not_repeated(smoke, monkeypatch):
     plan, folders, results = smoke
-    monkeypatch.setattr(reproduce, "execute", None)  # whatever would run now would fail
+    monkeypatch.setattr(reproduce, "execute", pytest.fail)  # whatever would run now would fail
     assert reproduce.run_table(plan, folders, workers=1)["runs"] == results["runs"]
 
 
@@ -289,7 +289,7 @@ def test_a_run_with_other_settings_is_another_run(smoke):
 
 
 def test_a_run_that_fails_is_named_and_those_that_need_it_wait_for_nothing(smoke, monkeypatch):
-    monkeypatch.setattr(reproduce, "_pool", ThreadPoolExecutor)
+    monkeypatch.setattr(workers, "_process", lambda: ThreadPoolExecutor(1))
     plan, folders, _ = smoke
     bad = Run("bad", plan.runs[0].settings | {"training": {"max_steps": -1}}, (), False)
     after = Run("after", plan.runs[1].settings, ("bad",), False)
@@ -345,7 +345,7 @@ def text_table(tmp_path_factory, encoder_folder):
         "methods": {"dense": {"compress": False}, "geta": {}},
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reproduce, "_pool", ThreadPoolExecutor)  # a process would import everything once more
+        patch.setattr(workers, "_process", lambda: ThreadPoolExecutor(1))  # a process imports everything once more
         results = reproduce.run_table(
             plan_of(folder, values), Folders(folder / "text", str(folder / "data")), workers=1
         )

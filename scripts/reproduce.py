@@ -35,7 +35,7 @@ from tables.plan import Plan, load_plan, table_names
 from tables.run import Folders, execute, finished
 from tables.summary import score_of, summarize
 from tables.tasks import load_task
-from tables.workers import outcomes
+from tables.workers import devices, outcomes
 
 import hf_geta
 
@@ -141,7 +141,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_dir", help="folder with a folder for each data set and pretrained model")
     parser.add_argument("--output_dir", default="outputs/tables", help="folder for the results (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="METHOD, EXPERIMENT or EXPERIMENT/METHOD")
-    default = 1 if torch.cuda.is_available() else os.cpu_count()
+    default = len(devices()) or os.cpu_count()
     parser.add_argument("--workers", type=int, default=default, help="processes (default here: %(default)s)")
     parser.add_argument("--render", action="store_true", help="only render results.json again")
     return parser.parse_args(argv)

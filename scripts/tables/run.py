@@ -138,7 +138,7 @@ def train_and_measure(run: Run, folders: Folders, task: Task, work: Path) -> dic
         "widths_outside": widths.outside,
         "seconds": seconds,
         "steps": steps,
-        "batch_size": settings["training"]["per_device_train_batch_size"],
+        "batch_size": _batch_size(settings["training"]),
         f"train_{task.examples}": len(task.train),
         f"eval_{task.examples}": task.evaluation_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -148,7 +148,17 @@ def train_and_measure(run: Run, folders: Folders, task: Task, work: Path) -> dic
 def _total_steps(training: dict[str, Any], examples: int) -> int:
     if "max_steps" in training:
         return training["max_steps"]
-    return math.ceil(training["num_train_epochs"] * math.ceil(examples / training["per_device_train_batch_size"]))
+    batches = math.ceil(examples / training["per_device_train_batch_size"])
+    return math.ceil(training["num_train_epochs"] * math.ceil(batches / _accumulated(training)))
+
+
+def _batch_size(training: dict[str, Any]) -> int:
+    """Examples of one optimizer step."""
+    return training["per_device_train_batch_size"] * _accumulated(training)
+
+
+def _accumulated(training: dict[str, Any]) -> int:
+    return training.get("gradient_accumulation_steps", 1)
 
 
 def _given_sparsity(settings: dict[str, Any], folders: Folders) -> float | None:

@@ -1,8 +1,12 @@
-"""The processes of a table: each makes one run at a time, so that a killed one costs its run and no other."""
+"""The processes of a table: each makes one run at a time, so that a killed one costs its run and no other.
+
+Each sees one accelerator: with several, Trainer would split a batch over them that is as many times as large.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -19,17 +23,22 @@ from tables.plan import Run
 
 
 class Worker:
-    """One process, which starts with its first run; another one takes its place where it was killed."""
+    """One process, which starts with its first run; another one takes its place where it was killed.
 
-    def __init__(self) -> None:
-        self._process = _process()
+    Args:
+        device: the accelerator that it sees, as CUDA_VISIBLE_DEVICES names it; None where there is none.
+    """
 
-    def submit(self, job: Callable[[Run], Any], run: Run) -> concurrent.futures.Future:
-        try:
-            return self._process.submit(job, run)
-        except concurrent.futures.BrokenExecutor:
-            self._process = _process()
-            return self._process.submit(job, run)
+    def __init__(self, device: str | None = None) -> None:
+        self._device, self._process = device, _process()
+
+    def submit(self, job: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future:
+        with _visible(self._device):  # the process starts here, and what it imports may look for devices
+            try:
+                return self._process.submit(job, *arguments)
+            except concurrent.futures.BrokenExecutor:
+                self._process = _process()
+                return self._process.submit(job, *arguments)
 
     def end(self) -> None:
         """Waits for the run that it makes."""
@@ -44,7 +53,8 @@ def outcomes(
     No run waits in a process: whoever interrupts a table waits for `workers` runs at most.
     """
     waiting = {run.name: run for run in runs}
-    free = [Worker() for _ in range(min(workers, len(runs)))]
+    names: Sequence[str | None] = devices() or [None]
+    free = [Worker(names[number % len(names)]) for number in range(min(workers, len(runs)))]
     running: dict[concurrent.futures.Future, tuple[str, Worker]] = {}
     failed: set[str] = set()
     try:
@@ -70,6 +80,29 @@ def outcomes(
     finally:
         for worker in (*free, *(worker for _, worker in running.values())):
             worker.end()
+
+
+def devices() -> list[str]:
+    """The accelerators that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [*(named.split(",") if named else map(str, range(count)))][:count]
+
+
+@contextlib.contextmanager
+def _visible(device: str | None) -> Iterator[None]:
+    """A process that is started inside sees this accelerator only; None leaves all as it is."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    if device is not None:
+        os.environ[name] = device
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+        else:
+            os.environ.pop(name, None)
 
 
 def _outcome(future: concurrent.futures.Future) -> dict[str, Any] | str:

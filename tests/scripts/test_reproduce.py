@@ -14,7 +14,7 @@ import yaml
 from tables import markdown, picture, workers
 from tables.data import Images, Split, TrainingImages
 from tables.plan import TABLES, Run, load_plan, merged, table_names
-from tables.run import Folders, _stage_config
+from tables.run import Folders, _batch_size, _stage_config, _total_steps
 from tables.summary import ranking, summarize, within_points
 from write_mnist5k import write_mnist5k
 
@@ -176,6 +176,13 @@ def test_a_later_stage_has_the_same_budget_relative_to_the_dense_model():
     pruning = {"weight_bits": None, "activation_bits": None, "target_bops": None}
     assert _stage_config(pruning, 0.4, 1.0).group_sparsity == 0.4
     assert _stage_config(pruning, 0.0, 1.0) is None  # nothing to remove: it trains on
+
+
+def test_accumulated_batches_make_one_step():
+    training = {"num_train_epochs": 3, "per_device_train_batch_size": 10, "gradient_accumulation_steps": 4}
+    assert _total_steps(training, examples=95) == 3 * 3  # 10 batches: two steps of 4 and one of 2
+    assert _batch_size(training) == 40
+    assert _total_steps(training | {"gradient_accumulation_steps": 1}, examples=95) == 30
 
 
 # -- summaries --------------------------------------------------------------------------------------------------------

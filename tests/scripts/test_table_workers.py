@@ -1,5 +1,6 @@
 """Laws of a table's processes: few runs at a time, and a process that is killed costs its own run only."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -63,3 +64,27 @@ def test_a_killed_process_costs_its_own_run_only(tmp_path, monkeypatch):
     assert found["a"].startswith("BrokenProcessPool: ")
     alone = dict(workers.outcomes(runs, job, 1))  # another process takes the killed one's place
     assert {name for name, outcome in alone.items() if isinstance(outcome, str)} == {"a", "e"}
+
+
+# -- accelerators -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("threads")
+def test_each_worker_has_one_of_the_visible_devices(monkeypatch):
+    monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert workers.devices() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3,-1,4")  # CUDA stops at the first that there is not
+    assert workers.devices() == ["5", "3"]
+    given, worker = [], workers.Worker
+    monkeypatch.setattr(workers, "Worker", lambda device: given.append(device) or worker(device))
+    assert len(dict(workers.outcomes([run(name) for name in "abc"], lambda run: {}, 3))) == 3
+    assert given == ["5", "3", "5"]
+
+
+def test_a_process_sees_its_device_from_its_start(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    worker = workers.Worker("3")
+    assert worker.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() == "3"
+    worker.end()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,3"

@@ -12,11 +12,9 @@ interrupted goes on where it stopped. It ends with results.json, results.md, res
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -27,8 +25,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
-import transformers
 from runs import run_program
 from tables import markdown, picture
 from tables.plan import Plan, load_plan, table_names
@@ -36,8 +32,6 @@ from tables.run import Folders, execute, finished
 from tables.summary import score_of, summarize
 from tables.tasks import load_task
 from tables.workers import devices, outcomes
-
-import hf_geta
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -59,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def run_table(plan: Plan, folders: Folders, workers: int, command: Sequence[str] = ()) -> dict[str, Any]:
     """All results of the plan, from earlier runs or new ones."""
-    done = {run.name: result for run in plan.runs if (result := finished(run, folders)) is not None}
+    done: dict[str, dict[str, Any]] = {}
+    for run in plan.runs:
+        if (result := finished(run, folders, done)) is not None:
+            done[run.name] = result
     missing = [run for run in plan.runs if run.name not in done]
     print(f"{len(plan.runs)} runs, {len(done)} of them finished before.", flush=True)
     for settings in {run.settings["experiment"]: run.settings for run in missing}.values():
@@ -101,26 +98,14 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 
 def environment(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Where and when: plain values."""
+    """Where and when these runs were made, by which versions: plain values."""
+    days = sorted({run["finished"][:10] for run in runs})  # of YYYY-MM-DDTHH:MM:SS
     devices = sorted({run["figures"]["device"] for run in runs} - {"cpu"})
-    hardware = ", ".join([f"{os.cpu_count()} cores of {_cpu_name()}", *devices])
     return {
-        "date": datetime.date.today().isoformat(),
-        "hardware": hardware,
-        "versions": {
-            "Python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "hf_geta": hf_geta.__version__,
-        },
+        "date": " to ".join(dict.fromkeys((days[0], days[-1]))),
+        "hardware": ", ".join([*sorted({run["hardware"] for run in runs}), *devices]),
+        "versions": runs[0]["versions"],  # those of all, or they would have been repeated
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _command(arguments: argparse.Namespace) -> list[str]:

@@ -14,6 +14,8 @@ from images import DataArguments, Decoder, LabelledImages, load_splits, random_c
 from PIL import Image
 from torch import Tensor
 
+from tables.identity import identity
+
 DATA_KEYS = ("folder", "hub")  # where the images are; the other keys are those of DataArguments
 
 
@@ -91,6 +93,12 @@ def located(spec: dict[str, Any], data_dir: str | None) -> tuple[str | None, str
     return str(folder), None
 
 
+def local_folders(data: dict[str, Any], model: dict[str, Any], data_dir: str | None) -> dict[str, str]:
+    """Name -> folder of what a run with these settings reads from `data_dir`; empty where it reads from the Hub."""
+    specs = [data, *filter(None, [model.get("pretrained")])]
+    return {spec["folder"]: folder for spec in specs if (folder := located(spec, data_dir)[0]) is not None}
+
+
 def model_arguments(model: dict[str, Any], data_dir: str | None) -> ModelArguments:
     """The arguments of a run's `model`: `pretrained` is {folder, hub}, the other keys are those of ModelArguments."""
     values = dict(model)
@@ -102,7 +110,11 @@ def model_arguments(model: dict[str, Any], data_dir: str | None) -> ModelArgumen
 
 def prepare_images(data: dict[str, Any], model: dict[str, Any], data_dir: str | None, path: Path) -> None:
     """Decode the images of an experiment into `path`, unless they are there already."""
-    settings = {"data": data, "model": {k: model.get(k) for k in ("image_size", "pretrained")}}
+    settings = {
+        "data": data,
+        "model": {k: model.get(k) for k in ("image_size", "pretrained")},
+        "identity": identity(local_folders(data, model, data_dir)),
+    }
     if path.exists() and torch.load(path, mmap=True)["settings"] == settings:
         return
     folder, hub = located(data, data_dir)
@@ -118,7 +130,7 @@ def prepare_images(data: dict[str, Any], model: dict[str, Any], data_dir: str | 
         "std": list(processor.image_std),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     torch.save(content, beside)
     os.replace(beside, path)
 

@@ -17,8 +17,6 @@ stages of a method are runs of the same GETATrainer, one after the other, with e
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,7 +141,6 @@ def _runs(prefix: str, experiment: str, spec: dict[str, Any], seeds: int) -> dic
                     **{key: spec.get(key, {}) for key in ("data", "model", "training")},
                     "stages": _stages(method, spec, budget),
                     "needs": needs,
-                    "after": {other: _digest(runs[other].settings) for other in needs.values() if other in runs},
                 }
                 run = Run(_run_name(prefix, name, budget, seed), settings, tuple(needs.values()), name in taught_by)
                 for other in run.needs:
@@ -230,7 +227,3 @@ def _plain(value: Any) -> str:
 
 def _run_name(prefix: str, method: str, budget: Mapping[str, Any] | None, seed: int) -> str:
     return "--".join(filter(None, [prefix, method, budget_label(budget), f"seed{seed}"]))
-
-
-def _digest(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
-import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +23,15 @@ from transformers import (
     set_seed,
 )
 
-import hf_geta
 from hf_geta import GETAConfig, GETATrainer
+from hf_geta.checkpoint.directory import replace_text
 from hf_geta.optim.schedule import Stage
 from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
 from hf_geta.report import load_report
 from hf_geta.report.figures import DENSE
+from tables.data import local_folders
+from tables.identity import hardware, identity
 from tables.plan import Run
 from tables.tasks import Task, load_task
 
@@ -50,6 +49,10 @@ class Folders:
     def result(self, name: str) -> Path:
         return self.table / "runs" / f"{name}.json"
 
+    def load(self, name: str) -> dict[str, Any]:
+        """The result of a finished run."""
+        return json.loads(self.result(name).read_text(encoding="utf-8"))
+
     def model(self, name: str) -> Path:
         return self.table / "models" / name
 
@@ -57,30 +60,41 @@ class Folders:
         return self.table / "data" / f"{'quick-' if quick else ''}{experiment}.pt"
 
 
-def finished(run: Run, folders: Folders) -> dict[str, Any] | None:
-    """The result of an earlier run with the same settings and the same library."""
+def finished(run: Run, folders: Folders, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The result of an earlier run with the same settings, code, versions and data; None where there is none.
+
+    Args:
+        done: results of the runs that it needs; it must have come after these.
+    """
     path = folders.result(run.name)
     if not path.exists() or (run.keeps_model and not folders.model(run.name).exists()):
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    same = result["settings"] == run.settings and result["library"] == library_digest()
-    return result if same else None
+    if not set(run.needs) <= set(done):
+        return None
+    result = folders.load(run.name)
+    same = {"settings": run.settings, "after": _times(done, run), **_identity(run, folders)}
+    return result if all(result.get(key) == value for key, value in same.items()) else None
 
 
-@functools.cache
-def library_digest() -> str:
-    """A hash of the library's source: what another version measured is no result of this one."""
-    sources = sorted(Path(hf_geta.__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+def _identity(run: Run, folders: Folders) -> dict[str, Any]:
+    return identity(local_folders(run.settings["data"], run.settings["model"], folders.data_dir))
+
+
+def _times(done: Mapping[str, Mapping[str, Any]], run: Run) -> dict[str, str]:
+    """When each run that this one needs was finished: one that was repeated left another model or other figures."""
+    return {other: done[other]["finished"] for other in run.needs}
 
 
 def execute(run: Run, folders: Folders, quick: bool) -> dict[str, Any]:
-    """Train, measure, and write the result as JSON; written beside, then renamed."""
+    """Train, measure, and write the result as JSON."""
     started = time.perf_counter()
+    decided_by = {"after": _times({other: folders.load(other) for other in run.needs}, run), **_identity(run, folders)}
     task = load_task(run.settings, folders.data_dir, folders.prepared(run.settings["experiment"], quick))
+    path = folders.result(run.name)
     with tempfile.TemporaryDirectory() as temporary:
         figures = train_and_measure(run, folders, task, Path(temporary))
         if run.keeps_model:
+            path.unlink(missing_ok=True)  # an older result is not that of the model that is written now
             shutil.rmtree(folders.model(run.name), ignore_errors=True)
             shutil.copytree(Path(temporary) / "model", folders.model(run.name))
     result = {
@@ -88,15 +102,13 @@ def execute(run: Run, folders: Folders, quick: bool) -> dict[str, Any]:
         **{key: run.settings[key] for key in ("experiment", "method", "budget", "seed")},
         "figures": figures,
         "total_seconds": time.perf_counter() - started,
-        "finished": datetime.datetime.now().isoformat(timespec="seconds"),
-        "library": library_digest(),
+        "finished": datetime.datetime.now().isoformat(timespec="milliseconds"),
+        "hardware": hardware(),
+        **decided_by,
         "settings": run.settings,
     }
-    path = folders.result(run.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    replace_text(path, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -166,7 +178,7 @@ def _given_sparsity(settings: dict[str, Any], folders: Folders) -> float | None:
     name = settings["needs"].get("group_sparsity_of")
     if name is None:
         return None
-    return json.loads(folders.result(name).read_text(encoding="utf-8"))["figures"]["group_sparsity"]
+    return folders.load(name)["figures"]["group_sparsity"]
 
 
 def _stage_config(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -11,10 +12,10 @@ import pytest
 import reproduce
 import torch
 import yaml
-from tables import markdown, picture, workers
-from tables.data import Images, Split, TrainingImages
+from tables import identity, markdown, picture, workers
+from tables.data import Images, Split, TrainingImages, prepare_images
 from tables.plan import TABLES, Run, load_plan, merged, table_names
-from tables.run import Folders, _batch_size, _stage_config, _total_steps
+from tables.run import Folders, _batch_size, _stage_config, _total_steps, execute
 from tables.summary import ranking, summarize, within_points
 from write_mnist5k import write_mnist5k
 
@@ -290,9 +291,82 @@ def test_a_finished_run_is_not_repeated(smoke, monkeypatch):
 def test_a_run_with_other_settings_is_another_run(smoke):
     plan, folders, _ = smoke
     for run in plan.runs:
-        assert reproduce.finished(run, folders) is not None
+        assert reproduce.finished(run, folders, {}) is not None
         other = dataclasses.replace(run, settings=run.settings | {"seed": 7})
-        assert reproduce.finished(other, folders) is None
+        assert reproduce.finished(other, folders, {}) is None
+
+
+@pytest.mark.parametrize("name", ["code_digest", "versions"])
+def test_a_run_of_other_code_or_versions_is_another_run(smoke, monkeypatch, name):
+    plan, folders, _ = smoke
+    monkeypatch.setattr(identity, name, lambda: "another")
+    assert not [run for run in plan.runs if reproduce.finished(run, folders, {})]
+
+
+def test_a_run_on_other_data_is_another_run(smoke, tmp_path):
+    plan, folders, _ = smoke
+    shutil.copytree(folders.data_dir, tmp_path / "data")  # which keeps the files' times
+    copied = dataclasses.replace(folders, data_dir=str(tmp_path / "data"))
+    assert reproduce.finished(plan.runs[0], copied, {}) is not None
+    os.utime(next(file for file in sorted((tmp_path / "data").rglob("*")) if file.is_file()))
+    identity.folder_digest.cache_clear()
+    assert reproduce.finished(plan.runs[0], copied, {}) is None
+    hub = dataclasses.replace(folders, data_dir=None)
+    assert reproduce.finished(plan.runs[0], hub, {}) is None
+
+
+def test_a_result_that_says_less_than_it_must_is_repeated(smoke, tmp_path):
+    plan, folders, _ = smoke
+    shutil.copytree(folders.table, tmp_path / "old")
+    old = dataclasses.replace(folders, table=tmp_path / "old")
+    run = plan.runs[0]
+    for key in ("settings", "code", "versions", "data", "after"):
+        result = folders.load(run.name)
+        del result[key]
+        old.result(run.name).write_text(json.dumps(result))
+        assert reproduce.finished(run, old, {}) is None
+
+
+def test_a_run_is_repeated_after_the_one_that_it_needs(smoke, tmp_path):
+    plan, folders, _ = smoke
+    shutil.copytree(folders.table, tmp_path / "table")
+    copied = dataclasses.replace(folders, table=tmp_path / "table")
+    dense, student = plan.runs[0], dataclasses.replace(plan.runs[1], needs=(plan.runs[0].name,))
+    execute(student, copied, quick=False)
+    done = {dense.name: copied.load(dense.name)}
+    assert reproduce.finished(student, copied, done) is not None
+    assert reproduce.finished(student, copied, {}) is None
+    done[dense.name]["finished"] = "2000-01-01T00:00:00.000"
+    assert reproduce.finished(student, copied, done) is None
+
+
+def test_the_code_of_a_run_is_the_library_and_what_trains_and_measures():
+    names = {"/".join(file.parts[-2:]) for file in identity.sources()}
+    for name in ("images", "image_models", "cifar_resnet", "texts", "questions", "classification", "runs", "splits"):
+        assert f"scripts/{name}.py" in names
+    assert {"tables/run.py", "tables/tasks.py", "tables/data.py", "hf_geta/trainer.py"} <= names
+    assert not {"tables/markdown.py", "tables/picture.py", "scripts/benchmark.py"} & names
+
+
+def test_pictures_are_decoded_again_where_the_code_is_another(smoke, monkeypatch):
+    plan, folders, _ = smoke
+    settings, path = plan.runs[0].settings, folders.prepared("vit", quick=False)
+    before = path.stat().st_mtime_ns
+    prepare_images(settings["data"], settings["model"], folders.data_dir, path)
+    assert path.stat().st_mtime_ns == before
+    monkeypatch.setattr(identity, "code_digest", lambda: "another")
+    prepare_images(settings["data"], settings["model"], folders.data_dir, path)
+    assert path.stat().st_mtime_ns != before
+
+
+def test_date_and_versions_are_those_of_the_runs(smoke):
+    _, _, results = smoke
+    runs = [
+        run | {"versions": {"torch": "1.0"}, "finished": f"2001-02-0{i + 3}"} for i, run in enumerate(results["runs"])
+    ]
+    found = reproduce.environment(runs)
+    assert (found["date"], found["versions"]) == ("2001-02-03 to 2001-02-05", {"torch": "1.0"})
+    assert reproduce.environment(runs[:1])["date"] == "2001-02-03"
 
 
 def test_a_run_that_fails_is_named_and_those_that_need_it_wait_for_nothing(smoke, monkeypatch):

@@ -2,10 +2,11 @@
 """Regenerates the comparison tables: every method as a configuration of the same trainer, on real data.
 
     python scripts/reproduce.py TABLE [--quick] [--seeds N] [--data_dir DIR] [--rows NAME ...] [--workers 2]
-    python scripts/reproduce.py TABLE --render      Markdown and picture again, from results.json
+    python scripts/reproduce.py TABLE [--quick] [--rows NAME ...] --render      Markdown and picture again
 
 TABLE is a file of configs/tables. Runs are independent: each is one JSON in OUTPUT_DIR/TABLE/runs, and a table that was
-interrupted goes on where it stopped. It ends with results.json, results.md, results.png and results.svg.
+interrupted goes on where it stopped. It ends with results.json, results.md, results.png and results.svg. Those of the
+full form are results-full.*; some rows, ROWS, have results-ROWS.* or results-full-ROWS.*.
 `--data_dir` is a folder with local copies (cifar10, fashion_mnist, vit_s14, ...); without it they come from the Hub.
 """
 
@@ -33,6 +34,8 @@ from tables.summary import score_of, summarize
 from tables.tasks import load_task
 from tables.workers import devices, outcomes
 
+from hf_geta.checkpoint.directory import replace_text
+
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is missing of a table and write its results; returns them."""
@@ -40,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folders = Folders(Path(arguments.output_dir) / arguments.table, arguments.data_dir)
     if arguments.workers < 1:
         raise ValueError(f"workers={arguments.workers}: write a whole number, 1 or more.")
+    stem = _stem(arguments)
     if arguments.render:
-        results = json.loads((folders.table / "results.json").read_text(encoding="utf-8"))
-        results["summary"] = summarize(results["runs"])
+        results = _read(folders.table, stem)
     else:
         plan = load_plan(arguments.table, arguments.quick, arguments.seeds, arguments.rows)
         results = run_table(plan, folders, arguments.workers, _command(arguments))
-    write(results, folders.table)
-    print(markdown.render(results))
+    write(results, folders.table, stem)
+    print(markdown.render(results, stem))
     return results
 
 
@@ -90,11 +93,27 @@ def run_table(plan: Plan, folders: Folders, workers: int, command: Sequence[str]
     }
 
 
-def write(results: dict[str, Any], folder: Path) -> None:
-    """results.json, results.md and the picture."""
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(markdown.render(results), encoding="utf-8")
-    picture.draw(results, folder)
+def write(results: dict[str, Any], folder: Path, stem: str = "results") -> None:
+    """STEM.json, STEM.md and the picture."""
+    replace_text(folder / f"{stem}.json", json.dumps(results, indent=1) + "\n")
+    replace_text(folder / f"{stem}.md", markdown.render(results, stem))
+    picture.draw(results, folder, stem)
+
+
+def _read(folder: Path, stem: str) -> dict[str, Any]:
+    """The results of an earlier command, with the summary of its runs."""
+    path = folder / f"{stem}.json"
+    if not path.exists():
+        there = ", ".join(sorted(file.name for file in folder.glob("results*.json"))) or "none"
+        raise ValueError(f"no {path.name} in {folder}; there is {there}. Add --render to the command that wrote it.")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    return results | {"summary": summarize(results["runs"])}
+
+
+def _stem(arguments: argparse.Namespace) -> str:
+    """Of the results' files: neither some rows nor the other form may overwrite the results of a whole table."""
+    rows = "+".join(sorted(set(arguments.rows))).replace("/", "--")
+    return "-".join(["results", *["full"] * (not arguments.quick), *[rows] * bool(rows)])
 
 
 def environment(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -128,7 +147,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="METHOD, EXPERIMENT or EXPERIMENT/METHOD")
     default = len(devices()) or os.cpu_count()
     parser.add_argument("--workers", type=int, default=default, help="processes (default here: %(default)s)")
-    parser.add_argument("--render", action="store_true", help="only render results.json again")
+    parser.add_argument("--render", action="store_true", help="only render the results of this command again")
     return parser.parse_args(argv)
 
 

@@ -22,8 +22,8 @@ COLUMNS = (  # after the scores
 MISSING = "-"
 
 
-def render(results: Mapping[str, Any]) -> str:
-    """The text of results.md."""
+def render(results: Mapping[str, Any], stem: str = "results") -> str:
+    """The text of STEM.md, which shows STEM.png."""
     labels, rows = results["labels"], results["summary"]
     sections = [f"# {results['title']}", _circumstances(results)]
     for experiment in dict.fromkeys(row["experiment"] for row in rows):
@@ -35,7 +35,7 @@ def render(results: Mapping[str, Any]) -> str:
     sections += _answers(results)
     if failed := results["failed"]:
         sections.append("## Not finished\n\n" + "\n".join(f"- `{name}`: {why}" for name, why in failed.items()))
-    sections.append("![Scores against relative BOPs](results.png)")
+    sections.append(f"![Scores against relative BOPs]({stem}.png)")
     return "\n\n".join(sections) + "\n"
 
 

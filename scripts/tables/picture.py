@@ -23,8 +23,8 @@ GREY = "#555555"
 PANEL_INCHES = (5.2, 4.0)
 
 
-def draw(results: Mapping[str, Any], folder: Path) -> None:
-    """Write both files into `folder`."""
+def draw(results: Mapping[str, Any], folder: Path, stem: str = "results") -> None:
+    """Write STEM.png and STEM.svg into `folder`."""
     rows, labels = results["summary"], results["labels"]
     experiments = list(dict.fromkeys(row["experiment"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows if row["budget"] is not None))
@@ -46,7 +46,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
         frameon=False,
     )
     for ending in ("png", "svg"):
-        figure.savefig(folder / f"results.{ending}", dpi=160)
+        figure.savefig(folder / f"{stem}.{ending}", dpi=160)
     plt.close(figure)
 
 

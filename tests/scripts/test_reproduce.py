@@ -385,12 +385,51 @@ def test_rendering_again_gives_the_same_text_and_pictures(smoke, monkeypatch):
     for ending in ("md", "png", "svg"):
         (folders.table / f"results.{ending}").unlink()
     monkeypatch.setattr(reproduce, "table_names", lambda: [folders.table.name])
-    again = reproduce.main([folders.table.name, "--render", "--output_dir", str(folders.table.parent)])
+    again = reproduce.main([folders.table.name, "--quick", "--render", "--output_dir", str(folders.table.parent)])
     assert json.dumps(again) == json.dumps(results)
     assert (folders.table / "results.md").read_text() == text
     assert "relative BOPs" in (folders.table / "results.svg").read_text()
     assert (folders.table / "results.png").read_bytes().startswith(b"\x89PNG")
     assert len(set(picture.COLORS)) == len(picture.COLORS) == len(set(picture.MARKERS))
+
+
+def test_some_rows_and_the_full_form_have_results_of_their_own(smoke, monkeypatch, tmp_path):
+    plan, _, results = smoke
+    (tmp_path / "smoke").mkdir()
+    reproduce.write(results, tmp_path / "smoke")
+    monkeypatch.setattr(reproduce, "table_names", lambda: ["smoke"])
+    monkeypatch.setattr(reproduce, "load_plan", lambda *options: plan)
+    monkeypatch.setattr(reproduce, "run_table", lambda *options: results | {"title": "another"})
+    before = {file.name: file.read_bytes() for file in (tmp_path / "smoke").iterdir()}
+    commands = {
+        "results-full": [],
+        "results-geta": ["--quick", "--rows", "geta"],
+        "results-full-geta+vit--dense": ["--rows", "vit/dense", "geta"],
+    }
+    for stem, options in commands.items():
+        reproduce.main(["smoke", "--output_dir", str(tmp_path), *options])
+        assert f"({stem}.png)" in (tmp_path / "smoke" / f"{stem}.md").read_text()
+        again = reproduce.main(["smoke", "--render", "--output_dir", str(tmp_path), *options])
+        assert again["title"] == "another"
+    after = {file.name: file.read_bytes() for file in (tmp_path / "smoke").iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {f"{stem}.{end}" for stem in commands for end in ("json", "md", "png", "svg")}
+    with pytest.raises(ValueError, match=r"no results-dense.json in .*; there is results-full-geta"):
+        reproduce.main(["smoke", "--quick", "--render", "--output_dir", str(tmp_path), "--rows", "dense"])
+
+
+def test_results_that_cannot_be_written_leave_the_old_ones(smoke, monkeypatch, tmp_path):
+    _, _, results = smoke
+    reproduce.write(results, tmp_path)
+    before = (tmp_path / "results.md").read_text()
+    monkeypatch.setattr(os, "replace", lambda *names: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reproduce.write(results | {"title": "another"}, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["title"] == results["title"]
+    assert (tmp_path / "results.md").read_text() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        f"results.{end}" for end in ("json", "md", "png", "svg")
+    ]
 
 
 # -- tasks of text ----------------------------------------------------------------------------------------------------

@@ -154,7 +154,9 @@ def _data(data_class: Any, options: argparse.Namespace, claimed: Mapping[str, An
             value = _checked(name, value, kind)
         if value is not None:
             data[name] = value
-    return data_class(**data)
+    arguments = data_class(**data)
+    arguments.trains = False
+    return arguments
 
 
 def _kinds(data_class: Any) -> dict[str, Any]:

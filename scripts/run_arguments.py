@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from splits import DataArguments
 from transformers import HfArgumentParser
 
 from hf_geta import GETAConfig
@@ -52,6 +53,9 @@ def parse_run(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None)
     refuse_unknown("flag", [flag.lstrip("-").replace("-", "_") for flag in unknown], names)
 
     *arguments, geta, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    for argument in arguments:
+        if isinstance(argument, DataArguments):
+            argument.trains = given.do_train
     values: dict[str, Any] = {name: getattr(geta, flag) for name, flag in flag_of.items()}
     values |= {name: None for name, value in values.items() if value == [None]}
     return (*arguments, GETAConfig.from_dict(values))

@@ -19,7 +19,13 @@ STREAM_BUFFER_ROWS = 10_000  # rows of a stream that are shuffled among each oth
 
 @dataclasses.dataclass
 class DataArguments:
-    """Which data; every program may add to it."""
+    """Which data; every program may add to it.
+
+    Attributes:
+        trains: False where rows are only evaluated, which a folder without a train split serves too.
+    """
+
+    trains = True
 
     dataset_name: str | None = dataclasses.field(default=None, metadata={"help": "Name of a data set on the Hub."})
     dataset_config_name: str | None = dataclasses.field(default=None, metadata={"help": "Its configuration."})
@@ -68,6 +74,8 @@ class StreamArguments(DataArguments):
 def load_rows(arguments: DataArguments, streaming: bool = False) -> tuple[Any, Any]:
     """(train, evaluation): the train split and the first of `EVAL_SPLITS` that there is.
 
+    Where nothing trains, evaluation rows stand in for a train split that is not there: they name columns and classes.
+
     Args:
         streaming: both are IterableDatasets, read while they are used.
 
@@ -80,9 +88,9 @@ def load_rows(arguments: DataArguments, streaming: bool = False) -> tuple[Any, A
         source = {"path": arguments.dataset_name, "name": arguments.dataset_config_name}
     found = datasets.load_dataset(**source, streaming=streaming)
     evaluation = next((name for name in EVAL_SPLITS if name in found), None)
-    if "train" not in found or evaluation is None:
+    if evaluation is None or ("train" not in found and arguments.trains):
         raise ValueError(f"splits {', '.join(found)}: a train split and one of {', '.join(EVAL_SPLITS)} are needed.")
-    return _with_features(found["train"]), _with_features(found[evaluation])
+    return _with_features(found["train" if "train" in found else evaluation]), _with_features(found[evaluation])
 
 
 def _with_features(rows: Any) -> Any:

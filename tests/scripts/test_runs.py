@@ -60,6 +60,18 @@ def test_files_are_the_split_that_their_names_begin_with(tmp_path, files, traine
     assert [row["text"].startswith(evaluated) for row in evaluation] == [True]
 
 
+def test_what_is_only_evaluated_needs_no_training_rows(tmp_path, encoder_folder):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "a", "label": 0}) + "\n")
+    flags = ["--model_name_or_path", encoder_folder, "--data_dir", str(tmp_path), "--do_train"]
+    kinds = (runs.ModelArguments, TextArguments, TrainingArguments)
+    _, data, _, _ = parse_run(kinds, [*flags, "false"])
+    train, evaluation = load_rows(data)
+    assert train[0] == evaluation[0] == {"text": "a", "label": 0}
+    _, data, _, _ = parse_run(kinds, [*flags, "true"])
+    with pytest.raises(ValueError, match="a train split and one of"):
+        load_rows(data)
+
+
 def test_images_without_classes_are_refused(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     for split, labels in (("train", [0, 1]), ("test", [-1, -1])):

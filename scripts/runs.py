@@ -105,7 +105,8 @@ def train(
         ValueError: for a streamed train_dataset without max_steps: it has no length, and the stages need one; for a
             dense twin that would lie beside the report and the card of a compressed model.
     """
-    logging.getLogger(hf_geta.__name__).setLevel(args.get_process_log_level())
+    if args.log_level != "passive":
+        logging.getLogger(hf_geta.__name__).setLevel(args.get_process_log_level())
     if isinstance(options["train_dataset"], IterableDataset) and args.max_steps < 1:
         raise ValueError("streaming=true has no length: write max_steps, the stages are planned over it.")
     if not arguments.compress and load_report(str(args.output_dir)):

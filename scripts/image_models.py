@@ -106,7 +106,7 @@ def resize_positions(model: PreTrainedModel, image_size: int) -> PreTrainedModel
                 raise ValueError(f"{name}: {tuple(weights[name].shape)} cannot be fitted to image_size={image_size}.")
             weights[name] = _interpolate(weights[name], target.shape[1])
     resized.load_state_dict(weights)
-    return resized.to(model.dtype)
+    return resized.to(model.dtype)  # type: ignore[arg-type]
 
 
 def _interpolate(positions: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -128,7 +128,8 @@ def train(
 def _checkpoint(args: TrainingArguments) -> str | bool | None:
     """What `--resume_from_checkpoint` says: a folder, or true for the last one of output_dir."""
     given = args.resume_from_checkpoint
-    if given is None and (last := get_last_checkpoint(str(args.output_dir))) is not None:
+    looks = given is None and args.should_save  # elsewhere the folder may not be made yet
+    if looks and (last := get_last_checkpoint(str(args.output_dir))) is not None:
         logger.warning("%s is there, and the run begins anew: --resume_from_checkpoint true goes on from it.", last)
     return {"true": True, "false": None}.get(str(given).lower(), given)
 

@@ -6,14 +6,16 @@ transformers loads the tensors by name as for any model.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -30,6 +32,7 @@ from hf_geta.checkpoint.manifest import (
 )
 from hf_geta.checkpoint.names import packed_tensors, save_as_they_are_, without_conversions_of
 from hf_geta.checkpoint.prune import resize_, set_attributes_
+from hf_geta.checkpoint.saving import save_compressed_, take_hint_
 from hf_geta.checkpoint.swap import replace_with_packed_
 
 logger = logging.getLogger(__name__)
@@ -78,8 +81,15 @@ class GETAHfQuantizer(HfQuantizer):
     requires_calibration = True  # the base class refuses checkpoints that are not compressed
     quantization_config: GETAQuantizationConfig
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config without the hint for those who load it without hf_geta; asked for before files are looked for."""
+        take_hint_(config)
+        return config
+
+    update_tp_plan = update_attn_implementation  # transformers 5.17 asks for that one instead
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        _refuse_pickles(kwargs.get("checkpoint_files") or ())
+        _refuse_files(kwargs.get("checkpoint_files") or (), model.config.name_or_path)
         split_packed_experts_(self.quantization_config.manifest, model)
         manifest = fit_manifest(self.quantization_config.manifest, model)
         weights = {f"{name}.weight": layer.shape for name, layer in manifest.layers.items()}
@@ -117,13 +127,22 @@ class GETAHfQuantizer(HfQuantizer):
             self.dequantize(model)
         else:  # saved again, it speaks of this class of model, with or without the head
             self.quantization_config.manifest = in_file_names(self._manifest, model)
+            save_compressed_(model)
+            model._upload_modified_files = functools.partial(_publish_again, model)  # type: ignore[method-assign]
             set_backend_(model, self.quantization_config.backend)
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """What `model.dequantize()` does: an ordinary float model, at most pruned; in `dtype` if one is given."""
         dequantize_(model)
         model.is_quantized = False  # type: ignore[assignment]
-        for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
+        own = (
+            "hf_quantizer",
+            "quantization_method",
+            "_weight_conversions",
+            "save_pretrained",
+            "_upload_modified_files",
+        )
+        for name in own:
             vars(model).pop(name, None)
         for part in _parts(model):
             vars(part.config).pop("_is_quantized", None)
@@ -153,9 +172,23 @@ class GETAHfQuantizer(HfQuantizer):
         return False
 
 
-def _refuse_pickles(files: Iterable[Any]) -> None:
-    """transformers would read pytorch_model.bin with `torch.load`."""
+def _publish_again(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
+    from hf_geta.report.publish import publish_again  # who only loads a model needs no card
+
+    config = model.config
+    return publish_again(model, str(config._name_or_path), getattr(config, "_commit_hash", None), *args, **options)
+
+
+def _refuse_files(files: Iterable[Any], source: str) -> None:
+    """Pickles, which transformers would read with `torch.load`, and what an index names outside of its own folder.
+
+    Args:
+        source: the folder, or the repository, whose snapshot holds links to files elsewhere: names are compared alone.
+    """
     for file in files:
+        is_outside = Path(source).is_dir() and not Path(file).is_relative_to(source)
+        if is_outside or ".." in Path(file).parts[len(Path(source).parts) :]:
+            raise ValueError(f"{file} is not in {source}, whose index names it: get the model from whom you trust.")
         if not str(file).endswith(".safetensors"):
             raise ValueError(
                 f"{file} is no safetensors file: a compressed model is read from those alone, never from a pickle; "

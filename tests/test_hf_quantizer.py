@@ -1,9 +1,11 @@
 import contextlib
+import copy
 import filecmp
 import importlib
 import json
 import logging
 import math
+import pickle
 import subprocess
 import sys
 import warnings
@@ -21,6 +23,7 @@ from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.manifest import Manifest, read_manifest, write_manifest_
 from hf_geta.checkpoint.pack import pack_model_
 from hf_geta.checkpoint.prune import slice_
+from hf_geta.checkpoint.saving import HINT
 from hf_geta.compress import prepare_model
 from hf_geta.config import GETAConfig
 from hf_geta.finalize import finalize_model
@@ -472,12 +475,25 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["packed", "pruned"])
-def test_without_hf_geta_a_fresh_process_gets_an_error_and_no_model(kind, checkpoints):
-    path = str(checkpoints / kind)
-    done = _python(f"from transformers import AutoModel; AutoModel.from_pretrained({path!r})")
+@pytest.mark.parametrize("mismatches", [False, True])
+def test_without_hf_geta_a_fresh_process_is_told_what_to_install_and_gets_no_model(kind, mismatches, checkpoints):
+    load = f"AutoModel.from_pretrained({str(checkpoints / kind)!r}, ignore_mismatched_sizes={mismatches})"
+    done = _python(f"from transformers import AutoModel; {load}")
     assert done.returncode != 0
-    assert "RuntimeError" in done.stderr
-    assert "Unknown quantization type, got geta" in done.stderr
+    assert "ValueError" in done.stderr
+    assert done.stderr.rstrip().endswith(HINT)
+
+
+def test_the_hint_is_of_compressed_models_alone_and_of_each_of_their_saves(checkpoints, tmp_path):
+    model = transformers.AutoModelForImageClassification.from_pretrained(checkpoints / "packed")
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied.save_pretrained(tmp_path / "again")
+        assert (tmp_path / "again" / "config.json").read_bytes() == (checkpoints / "packed/config.json").read_bytes()
+    model.dequantize()
+    for folder in ("float", "again"):
+        model.save_pretrained(tmp_path / folder)
+        assert "transformers_weights" not in json.loads((tmp_path / folder / "config.json").read_text())
+    assert not hasattr(model.config, "transformers_weights")
 
 
 def test_importing_hf_geta_is_all_that_loading_takes(checkpoints):

@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard, RepoUrl
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load as load_tensors
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from hf_geta import GETAConfig, finalize_model, prepare_model
+from hf_geta.checkpoint.saving import HINT
 from hf_geta.report import load_report, save_report
 from tests.test_trainer import digits, make_trainer
 
@@ -90,7 +91,9 @@ def trained(folder, config=CONFIG, **changes):
 
 def assert_is_compressed(files):
     """Packed weights, pruned, and nothing of the training."""
-    config = json.loads(files["config.json"])["quantization_config"]
+    config = json.loads(files["config.json"])
+    assert config["transformers_weights"] == HINT
+    config = config["quantization_config"]
     assert config["quant_method"] == "geta"
     tensors = load_tensors(files["model.safetensors"])
     assert {tensors[f"{name}.weight"].dtype for name in config["layers"]} == {torch.uint8}
@@ -226,6 +229,35 @@ def test_a_finalized_model_publishes_itself_with_processor_report_and_card(run, 
     assert "More Information Needed" not in card.text  # transformers' form
     assert {"digits", "geta", "pruned", "quantized"} <= set(card.data.tags)
     assert_no_token(*files.values())
+
+
+def test_a_loaded_model_publishes_itself_with_what_lay_beside_it(run, hub, tmp_path):
+    trainer, folder = run
+    trainer.save_model()
+    card = folder / "README.md"
+    card.write_text(f"{card.read_text()}\nWritten by hand.\n")
+    loaded = AutoModelForImageClassification.from_pretrained(folder)
+    loaded.push_to_hub("me/again", token=TOKEN)
+    loaded.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="me/again", token=TOKEN)
+    for _, files in hub.commits:
+        assert set(files) == {*FILES, PROCESSOR}
+        assert_is_compressed(files)
+        assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+        card = ModelCard(files["README.md"].decode())
+        assert "Written by hand." in card.text
+        assert 'from_pretrained("me/again")' in card.text
+        assert_no_token(*files.values())
+
+
+def test_a_loaded_model_with_other_weights_is_published_without_the_report_of_the_first(run, hub):
+    trainer, folder = run
+    trainer.save_model()
+    loaded = AutoModelForImageClassification.from_pretrained(folder)
+    with torch.no_grad():
+        loaded.vit.layernorm.bias += 1
+    loaded.push_to_hub("me/changed")
+    ((_, files),) = hub.commits
+    assert set(files) == {"README.md", "config.json", "model.safetensors"}
 
 
 def test_a_tokenizer_that_only_the_collator_has_is_saved_and_published(run, hub, monkeypatch):

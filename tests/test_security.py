@@ -73,6 +73,23 @@ def test_loading_and_checking_read_no_pickle(folder, no_pickles):
     assert check_folder(folder)
 
 
+@pytest.mark.parametrize("parent", ["..", "", "x/../.."])
+def test_an_index_that_names_files_outside_of_its_folder_is_refused(parent, folder, tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="2KB")
+    (tmp_path / "shards" / "x").mkdir()
+    AutoModelForImageClassification.from_pretrained(tmp_path / "shards")
+    path = tmp_path / "shards" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    moved = sorted(set(index["weight_map"].values()))[0]
+    (tmp_path / "shards" / moved).rename(tmp_path / moved)
+    elsewhere = f"{parent or tmp_path}/{moved}"
+    index["weight_map"] = {key: elsewhere if name == moved else name for key, name in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"safetensors is not in .*shards, whose index names it"):
+        AutoModelForImageClassification.from_pretrained(tmp_path / "shards")
+
+
 def test_weights_in_a_pickle_are_refused_unread(folder, no_pickles):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_geta.checkpoint.manifest_checks import check_fits, check_manifest, is_size
+from hf_geta.checkpoint.manifest_checks import QUANT_METHOD, check_fits, check_manifest, is_size
 from hf_geta.checkpoint.names import Rename, file_to_module, module_to_file
+from hf_geta.checkpoint.saving import save_compressed_
 from hf_geta.quantization.blocks import BLOCK
 from hf_geta.quantization.experts import split_named_experts_
 
-QUANT_METHOD = "geta"
 FORMAT_VERSION = 2  # of what is read; blocks came with it, and what has none is written as version 1
 
 
@@ -127,8 +127,10 @@ def read_manifest(model: nn.Module) -> Manifest:
 
 
 def write_manifest_(model: nn.Module, manifest: Manifest) -> None:
-    """Put the manifest into `model.config`, so that `save_pretrained` writes it."""
+    """Put the manifest into `model.config`, so that `save_pretrained` writes it, with the hint to import hf_geta."""
     model.config.quantization_config = in_file_names(manifest, model).to_dict()  # type: ignore[union-attr]
+    if isinstance(model, PreTrainedModel):
+        save_compressed_(model)
 
 
 def in_file_names(manifest: Manifest, model: nn.Module) -> Manifest:

@@ -12,6 +12,7 @@ import torch
 
 from hf_geta.config_checks import GRANULARITIES, MAX_BITS, MIN_BITS
 
+QUANT_METHOD = "geta"  # of a `quantization_config`, as transformers tells methods apart
 LONGEST_NAME = 200  # of a tensor, in a message
 
 

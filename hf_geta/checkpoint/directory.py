@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 WEIGHTS_PATTERN = "model*.safetensors*"  # a file of weights, its shards and their index
+CONFIG = "config.json"  # without which nothing loads
 PARTIAL = ".partial"
 
 
@@ -31,8 +32,9 @@ def replace_files(directory: Path, write: Callable[[Path], None], owned: str = W
 
     A new directory appears whole or not at all. In one that exists, each file is replaced whole, one right after the
     other, `owned` files of an earlier save that the new one does not have are removed, and other files (checkpoints of
-    the run) stay. If `write` raises, or the disk is full, `directory` is as it was. A process killed between two of the
-    renames leaves files of two saves, which the loader refuses where their shapes or widths differ.
+    the run) stay. If `write` raises, or the disk is full, `directory` is as it was. config.json goes first and comes
+    last: a process killed between two renames leaves a folder that nothing loads, not one that mixes two saves; the
+    files that it had yet to move lie in it under `.NAME.*.partial`.
 
     Args:
         owned: a pattern of names: of all files that such a save writes, or any other form of the same.
@@ -56,17 +58,24 @@ def replace_files(directory: Path, write: Callable[[Path], None], owned: str = W
             _copy_mode(directory.parent, partial)
             partial.rename(directory)
             return
-        written = sorted(path.name for path in partial.iterdir())
-        for name in written:
-            target = directory / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(partial / name, target)
+        written = {path.name for path in partial.iterdir()}
+        if CONFIG in written:
+            (directory / CONFIG).unlink(missing_ok=True)
+        for name in sorted(written - {CONFIG}):
+            _move(partial / name, directory / name)
         for stale in directory.glob(owned):
             if stale.name not in written:
                 stale.unlink()
+        if CONFIG in written:
+            _move(partial / CONFIG, directory / CONFIG)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    if target.is_dir():
+        shutil.rmtree(target)
+    os.replace(source, target)
 
 
 def _copy_mode(source: Path, target: Path) -> None:

@@ -1,5 +1,8 @@
 """A save happens whole or not at all."""
 
+import os
+import signal
+
 import pytest
 
 from hf_geta.checkpoint.directory import replace_files
@@ -59,6 +62,39 @@ def test_what_counts_as_an_earlier_save_is_the_callers_to_say(tmp_path):
     replace_files(out, write_files(model__safetensors="dense", model__onnx="old", model__onnx__data="old"))
     replace_files(out, write_files(model__onnx="new"), "model.onnx*")
     assert contents(out) == {"model.safetensors": "dense", "model.onnx": "new"}
+
+
+@pytest.mark.parametrize("renamed", range(5))
+def test_a_process_killed_between_two_renames_leaves_nothing_that_mixes_two_saves(renamed, tmp_path):
+    """And the next save is whole; a single file of weights, which the old save has, would be read before shards."""
+    out = tmp_path / "out"
+    replace_files(out, write_files(config__json="old", model__safetensors="old", z="old"))
+    new = {"config.json": "new", "model-1.safetensors": "new", "model-2.safetensors": "new", "z": "new"}
+    write_new = write_files(**{name.replace(".", "__"): text for name, text in new.items()})
+    child = os.fork()
+    if child == 0:  # a process of its own, which ends by SIGKILL
+        move, left = os.replace, [renamed]
+
+        def move_and_die(*paths):
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            move(*paths)
+
+        os.replace = move_and_die
+        try:
+            replace_files(out, write_new)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == (-signal.SIGKILL if renamed < len(new) else 0)
+    assert ("config.json" in contents(out)) == (renamed == len(new))
+    if renamed < len(new):
+        (left_over,) = out.glob(".out.*.partial")
+        assert {**contents(out), **contents(left_over)}.items() >= new.items()
+    replace_files(out, write_new)
+    assert contents(out) == new
+    assert not list(out.glob(".*"))
 
 
 def test_stale_weights_go_and_other_files_stay(tmp_path):

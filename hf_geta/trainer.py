@@ -275,6 +275,10 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         self._warn_of_an_early_end()
         small = finalize_model(self.model)
         self._check_pruning(small)
+        # accelerate's forward for bf16 and fp16 came with the copy, which is to compute what its files do;
+        # `unwrap_model` would take transformers' own decorators off as well
+        if vars(small).pop("_original_forward", None) is not None:
+            vars(small).pop("forward")
         publish_with_card_(small, self._report(), self._processor)
         return small
 

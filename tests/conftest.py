@@ -1,5 +1,7 @@
 """What several test files need: a compressed model in a folder, with its report, made without training."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
@@ -10,6 +12,12 @@ from hf_geta.report import save_report
 
 SETTINGS = GETAConfig(group_sparsity=0.2, weight_bits=(4, 8), activation_bits=(6, 8))
 REMOVED = {"vit.layers.0.attention.heads": [1], "vit.layers.1.mlp.hidden": [0, 5, 9]}
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`-m gpu` imports no other file: a machine with a device may lack the packages of the others."""
+    is_other = collection_path.parent == Path(__file__).parent and collection_path.name != "test_devices.py"
+    return (is_other and config.option.markexpr == "gpu") or None
 
 
 @pytest.fixture(scope="session")

@@ -221,8 +221,14 @@ class Chunk:
         """x <- x - change on the entries."""
         for piece, part in zip(self.pieces, change.split(self.sizes), strict=True):
             tensor = self.entries.tensors[piece.segment]
-            place = torch.unravel_index(piece.index, tensor.shape)  # with `put_` it would not be deterministic
+            place = _place(piece.index, tensor.shape)  # with `put_` it would not be deterministic
             tensor[place] -= part.to(tensor.dtype)
+
+
+def _place(index: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """`torch.unravel_index` by numbers of the host: that one sends the shape to the device, and waits for it."""
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return tuple(index // max(stride, 1) % max(size, 1) for stride, size in zip(strides, shape, strict=True))
 
 
 def _in_chunks(indices: Sequence[Tensor]) -> Iterator[list[Piece]]:

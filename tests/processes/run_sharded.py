@@ -28,7 +28,7 @@ from transformers import (
 
 from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model, quantizer_parameters, sharding
 from hf_geta.checkpoint.gather import InPieces
-from hf_geta.sharding import whole
+from hf_geta.sharding import is_cut, local_gradient, whole
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from runs import leave_processes
@@ -145,11 +145,15 @@ def train(name):
 def check_that_nan_on_one_process_is_a_step_of_none(model, batch, optimizer):
     """The run goes on as if it had not been, and is compared with that of a process where it was not."""
     at = optimizer.step_count
-    is_last = dist.get_rank() == dist.get_world_size() - 1
-    (model(**batch).loss * (torch.nan if is_last else 1)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    assert optimizer.step_count == at
+    mesh = next(parameter.device_mesh for parameter in model.parameters() if is_cut(parameter))
+    is_last = mesh.get_local_rank(mesh.ndim - 1) == mesh.size(mesh.ndim - 1) - 1  # of those that hold one piece, all
+    for place in ("loss", "piece"):  # from a loss it spreads to all pieces; in one piece only its holder sees it
+        (model(**batch).loss * (torch.nan if is_last and place == "loss" else 1)).backward()
+        if is_last and place == "piece":
+            max((local_gradient(p) for p in model.parameters() if is_cut(p)), key=torch.numel).view(-1)[0] = torch.nan
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.step_count == at
 
 
 def new_optimizer(model):

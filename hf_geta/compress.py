@@ -49,6 +49,7 @@ from hf_geta.quantization.experts import split_experts_
 from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.outliers import widen_outliers_
 from hf_geta.quantization.swap import quantize_modules_, restore_modules_
+from hf_geta.sharding import is_cut
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,11 @@ def refuse_unfit(model: nn.Module) -> None:
             "(peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()), or delete them."
         )
     refuse_compressed(model)
+    if not is_prepared(model) and any(map(is_cut, model.parameters())):
+        raise ValueError(
+            f"this {type(model).__name__} lies in pieces already: prepare the whole model, and cut it then by torch's "
+            "fully_shard (FSDP2, HSDP). Tensor parallelism (parallelize_module, tp_plan) is not supported."
+        )
     read_manifest(model)  # refuses that of another method
 
 

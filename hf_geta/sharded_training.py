@@ -51,7 +51,6 @@ class ShardedTrainer(Trainer):
 
     def _refuse_what_pieces_do_not_take(self) -> None:
         plugin = self.accelerator.state.fsdp_plugin
-        other = getattr(self.accelerator, "parallelism_config", None)
         refused = {
             "an old accelerate": (not is_accelerate_available("1.15.0"), "pip install 'accelerate>=1.15'"),
             "weights on the meta device": (
@@ -71,10 +70,6 @@ class ShardedTrainer(Trainer):
                 plugin.ignored_modules is not None,
                 "QASSO has all parameters in pieces but those of the quantizers, which are found without it",
             ),
-            "tensor, context or sequence parallelism": (
-                other is not None and other.tp_size * other.cp_size * getattr(other, "sp_size", 1) > 1,
-                "write dp_shard_size and dp_replicate_size alone",
-            ),
             "torch_compile": (
                 self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
                 "leave it out under FSDP2",
@@ -82,7 +77,7 @@ class ShardedTrainer(Trainer):
             "fp16": (self.args.fp16, "its gradient scaler takes no whole tensors beside pieces: write bf16=True"),
             "auto_find_batch_size": (
                 self.args.auto_find_batch_size,
-                "one process alone would begin anew: write a batch size that fits",
+                "what is in pieces does not begin anew: write a batch size that fits",
             ),
         }
         for name, (is_asked_for, reason) in refused.items():

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 # Sums are taken over fewer (zero) terms, in the model's dtype; a wrong slice moves the outputs by their own size.
 FINALIZE_TOLERANCE = 0.05
+NOT_OF_DATA = ("tp", "cp", "sp")  # tensor, context, sequence: accelerate's ways to use several devices for one sample
 
 
 class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
@@ -98,14 +99,21 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         spread = len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
         by_others = self.is_deepspeed_enabled or self.is_fsdp_xla_enabled or getattr(self.model, "_tp_size", None)
         when_loaded = getattr(self, "is_distributed_loading_by_transformers", False)
-        if by_others or when_loaded or spread:
+        sizes = getattr(self.accelerator, "parallelism_config", None)
+        if by_others or when_loaded or spread or any(getattr(sizes, f"{kind}_size", 1) > 1 for kind in NOT_OF_DATA):
             raise ValueError(
                 "GETATrainer compresses on one device, under DDP (configs/accelerate/ddp.yaml), or in pieces under "
-                "accelerate's FSDP2 (configs/accelerate/fsdp2.yaml): DeepSpeed, XLA, tensor parallelism, a model that "
-                "was cut when it was loaded and a device_map over several devices are not supported."
+                "accelerate's FSDP2 (configs/accelerate/fsdp2.yaml; a ParallelismConfig with dp_shard_size and "
+                "dp_replicate_size alone): DeepSpeed, XLA, tensor, context or sequence parallelism, a model that was "
+                "cut when it was loaded and a device_map over several devices are not supported."
             )
         if self.in_pieces:
             self._refuse_what_pieces_do_not_take()
+        if self.args.auto_find_batch_size and self.args.world_size > 1:
+            raise ValueError(
+                "auto_find_batch_size lets the process whose memory is full begin anew, while the "
+                f"{self.args.world_size - 1} others wait for it in the old run: write a batch size that fits."
+            )
         if is_distributed() and dist.get_world_size() != self.args.world_size:
             raise ValueError(
                 f"{dist.get_world_size()} processes were launched, TrainingArguments know of {self.args.world_size}: "

@@ -8,11 +8,13 @@ import math
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from accelerate import ParallelismConfig
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from datasets import Dataset
 from huggingface_hub import ModelCard
@@ -403,21 +405,40 @@ def test_a_scheduler_that_does_not_know_the_quantizers_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("holder", "attribute", "value"),
+    "attributes",
     [
-        ("model", "hf_device_map", {"vit": 0, "classifier": 1}),
-        ("model", "_tp_size", 2),
-        (None, "is_distributed_loading_by_transformers", True),
-        (None, "is_fsdp_xla_enabled", True),
-        (None, "is_deepspeed_enabled", True),
+        {"hf_device_map": {"vit": 0, "classifier": 1}},
+        {"_tp_size": 1},
+        {"is_distributed_loading_by_transformers": True},
     ],
+    ids=lambda attributes: next(iter(attributes)),
 )
-def test_other_engines_are_refused_with_what_works(tmp_path, holder, attribute, value):
-    """Engines that no CPU runs: said by the attributes by which transformers tells of them."""
-    trainer = make_trainer(tmp_path)
-    setattr(trainer.model if holder else trainer, attribute, value)
+def test_a_model_that_was_spread_when_it_was_loaded_is_refused_with_what_works(tmp_path, monkeypatch, attributes):
+    """As transformers marks what no CPU loads."""
+    model = tiny_vit()
+    for name, value in attributes.items():
+        monkeypatch.setattr(type(model), name, value, raising=False)
     with pytest.raises(ValueError, match=r"ddp\.yaml.*fsdp2\.yaml"):
-        trainer._refuse_what_qasso_cannot_drive()
+        make_trainer(tmp_path, model=model)
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "xla", "tp", "cp", "sp"])
+def test_other_engines_are_refused_with_what_works(tmp_path, monkeypatch, engine):
+    """By what accelerate holds where it has set such an engine up, which is on no CPU; XLA by the arguments."""
+    initialize = Accelerator.__init__
+
+    def initialize_with_engine(self, *args, **options):
+        initialize(self, *args, **options)
+        if engine == "deepspeed":
+            monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", SimpleNamespace(zero_stage=2))
+        elif engine != "xla":
+            monkeypatch.setattr(self.state, "parallelism_config", ParallelismConfig(**{f"{engine}_size": 2}))
+
+    monkeypatch.setattr(Accelerator, "__init__", initialize_with_engine)
+    monkeypatch.setattr(TrainingArguments, "hf_deepspeed_config", object(), raising=False)
+    changes = {"fsdp": True, "fsdp_config": {"xla": True}} if engine == "xla" else {}
+    with pytest.raises(ValueError, match=r"ddp\.yaml.*fsdp2\.yaml"):
+        make_trainer(tmp_path, **changes)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +446,6 @@ def test_other_engines_are_refused_with_what_works(tmp_path, holder, attribute, 
     [
         ({}, {}, ""),
         ({"dynamo_plugin": TorchDynamoPlugin(backend="aot_eager")}, {}, "torch_compile"),
-        ({"parallelism_config": ParallelismConfig(tp_size=2)}, {}, "tensor, context or sequence parallelism"),
         ({"fsdp_version": 1}, {}, "fsdp_version: 2"),
         ({"cpu_offload": True}, {}, "fsdp_offload_params"),
         ({"activation_checkpointing": True}, {}, "gradient_checkpointing=True"),
@@ -437,7 +457,7 @@ def test_other_engines_are_refused_with_what_works(tmp_path, holder, attribute, 
 def test_what_cannot_be_had_in_pieces_is_refused_with_what_can(tmp_path, monkeypatch, plugin, changes, told):
     """By the settings of accelerate's FSDP, which no single process has."""
     trainer = make_trainer(tmp_path)
-    state = {key: plugin[key] for key in ("dynamo_plugin", "parallelism_config") if key in plugin}
+    state = {key: plugin[key] for key in ("dynamo_plugin",) if key in plugin}
     of_fsdp = {key: value for key, value in plugin.items() if key not in state}
     state["fsdp_plugin"] = FullyShardedDataParallelPlugin(**{"fsdp_version": 2} | of_fsdp)
     for name, value in state.items():

@@ -1,11 +1,13 @@
 """A tiny GETA run on handwritten digits, as a program that kills itself: `run_killed.py TARGETS OUTPUT_DIR [KILL]`.
 
-KILL is where the last of its processes sends itself SIGKILL: `step-N`, in the middle of optimizer step N; `weights-N`,
-`optimizer-N` or `rename-N`, in the middle of saving the checkpoint of step N, with half of that file written.
+KILL is where the last of its processes, or that of `KILL@RANK`, sends itself SIGKILL: `step-N`, in the middle of
+optimizer step N; `weights-N`, `optimizer-N` or `rename-N`, in the middle of saving the checkpoint of step N, with half
+of that file written.
 
 It goes on from the last whole checkpoint in OUTPUT_DIR, if there is one. The last line is a digest of the weights.
 """
 
+import functools
 import hashlib
 import os
 import signal
@@ -39,11 +41,12 @@ TARGETS = {
 class KilledTrainer(GETATrainer):
     """Dies where it is told."""
 
-    kill = ""
+    kill, dies = "", False
 
-    def die_at(self, place):
-        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.kill == place and rank == processes - 1:
+    def die_at(self, place, written=None):
+        if self.kill == place and self.dies:
+            if written is not None and self.args.should_save:
+                written.write_bytes(written.read_bytes()[: written.stat().st_size // 2])
             os.kill(os.getpid(), signal.SIGKILL)
 
     def create_optimizer(self, model=None):
@@ -59,25 +62,18 @@ class KilledTrainer(GETATrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        if f"weights-{self.state.global_step}" == self.kill:
-            cut(Path(output_dir) / "model.safetensors")
-        self.die_at(f"weights-{self.state.global_step}")
+        self.die_at(f"weights-{self.state.global_step}", Path(output_dir) / "model.safetensors")
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if f"optimizer-{self.state.global_step}" == self.kill and self.args.should_save:
-            cut(Path(output_dir) / "optimizer.pt")
-        self.die_at(f"optimizer-{self.state.global_step}")
+        self.die_at(f"optimizer-{self.state.global_step}", Path(output_dir) / "optimizer.pt")
 
     def _put_in_place(self, run_folder, name):
         self.die_at(f"rename-{self.state.global_step}")
         super()._put_in_place(run_folder, name)
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
+@functools.cache
 def digits():
     pixels, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))[:200]
@@ -111,7 +107,8 @@ def main(targets, output_dir, kill=""):
         geta_config=TARGETS[targets],
         train_dataset=digits(),
     )
-    trainer.kill = kill
+    trainer.kill, _, dying = kill.partition("@")
+    trainer.dies = trainer.args.process_index == int(dying or trainer.args.world_size - 1)
     trainer.train(resume_from_checkpoint=next(whole_checkpoints(output_dir), None) is not None)
     assert trainer.qasso.removed.sum() == trainer.qasso.groups_to_remove
     ours = digest(trainer)
@@ -123,6 +120,7 @@ def main(targets, output_dir, kill=""):
     if trainer.is_world_process_zero():
         print(ours, flush=True)
     leave_processes()
+    return ours
 
 
 if __name__ == "__main__":

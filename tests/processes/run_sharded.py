@@ -28,13 +28,14 @@ from transformers import (
 
 from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model, quantizer_parameters, sharding
 from hf_geta.checkpoint.gather import InPieces
-from hf_geta.sharding import whole
+from hf_geta.sharding import is_cut, local_gradient, whole
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from runs import leave_processes
 
 STEPS, GLOBAL_BATCH = 30, 8
 RESUMED_STEP = 12  # inside a pruning period
+BROKEN_STEPS = {1, 8, 14, 25}  # one in every stage
 SHARE = GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=3)
 PER_BLOCK = GETAConfig(**{**SHARE.to_dict(), "granularity": "block", "saliency": "mix"})
 BUDGET = GETAConfig(target_bops=0.01, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=3)
@@ -123,6 +124,8 @@ def train(name):
     for step in range(STEPS):
         if processes > 1 and step == RESUMED_STEP:
             optimizer = resumed(optimizer, model)
+        if processes > 1 and step in BROKEN_STEPS and name != "resnet":  # whose batch norm would see the batch
+            check_that_nan_on_one_process_is_a_step_of_none(model, batches(torch.Generator()), optimizer)
         model(**next_batch()).loss.backward()
         with counted() as count:
             optimizer.step()
@@ -137,6 +140,20 @@ def train(name):
     widths = optimizer.widths.bits()
     result = {"groups": groups, "weights": weights, "widths": widths, "processes": processes}
     return result | {"messages": messages, "most_wholes": max(most_wholes, default=0)}, small
+
+
+def check_that_nan_on_one_process_is_a_step_of_none(model, batch, optimizer):
+    """The run goes on as if it had not been, and is compared with that of a process where it was not."""
+    at = optimizer.step_count
+    mesh = next(parameter.device_mesh for parameter in model.parameters() if is_cut(parameter))
+    is_last = mesh.get_local_rank(mesh.ndim - 1) == mesh.size(mesh.ndim - 1) - 1  # of those that hold one piece, all
+    for place in ("loss", "piece"):  # from a loss it spreads to all pieces; in one piece only its holder sees it
+        (model(**batch).loss * (torch.nan if is_last and place == "loss" else 1)).backward()
+        if is_last and place == "piece":
+            max((local_gradient(p) for p in model.parameters() if is_cut(p)), key=torch.numel).view(-1)[0] = torch.nan
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.step_count == at
 
 
 def new_optimizer(model):

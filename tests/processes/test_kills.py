@@ -72,6 +72,14 @@ def test_one_of_two_processes_is_killed_and_both_go_on_bit_for_bit(tmp_path):
     assert run(2, "share", tmp_path / "killed") == uninterrupted
 
 
+def test_the_process_that_writes_is_killed_in_every_stage_and_both_go_on_bit_for_bit(tmp_path):
+    """In the middle of steps and of its parts of a save, all in one program, which compares how the runs end."""
+    done = subprocess.run(
+        [sys.executable, PROGRAM.with_name("run_kills.py"), tmp_path], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+
+
 def test_killed_from_outside_at_whatever_instruction_a_run_ends_the_same(tmp_path):
     """As by an out-of-memory killer, some time after a checkpoint of the joint stage."""
     uninterrupted = run(1, "budget", tmp_path / "whole")

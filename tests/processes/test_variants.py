@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForImageClassification
 
 import hf_geta  # noqa: F401  # or transformers cannot load what the runs saved
+from hf_geta.optim.schedule import Stage
 from tests.processes import run_variants
 
 PROGRAM = Path(run_variants.__file__)
@@ -38,9 +39,10 @@ def launch(launcher, folder, *names):
 def ended(tmp_path_factory):
     """(processes, name) -> what a run ended with."""
     folders = {processes: tmp_path_factory.mktemp(f"of-{processes}") for processes in (1, 2, 4)}
-    results = {(1, name): run_variants.train(name, folders[1]) for name in ("share", "budget", "stream")}
+    names = ("share", "budget", "stream", "dropped", "nan", "overflow")
+    results = {(1, name): run_variants.train(name, folders[1]) for name in names}
     resumed = f"share@{folders[1] / 'share' / CHECKPOINT}"
-    launch(ACCELERATE, folders[2], "share", "budget", "stream", "uneven", resumed)
+    launch(ACCELERATE, folders[2], *names, "uneven", "checkpointed", resumed)
     launch(TORCHRUN, folders[4], "share")
     for processes in (2, 4):
         for file in folders[processes].glob("*.pt"):
@@ -61,12 +63,32 @@ def check_same(ours, theirs):
         torch.testing.assert_close(ours["weights"][name] / scale, expected / scale, rtol=0, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize(("processes", "name"), [(2, "share"), (4, "share"), (2, "budget"), (2, "stream")])
+@pytest.mark.parametrize(
+    ("processes", "name"), [(2, "share"), (4, "share"), (2, "budget"), (2, "stream"), (2, "dropped")]
+)
 def test_several_processes_end_as_one_with_the_same_global_batch(ended, processes, name):
     """The same groups after every period, widths and weights; no ranking is so close that 1e-7 would tip it."""
     results, _ = ended
     check_same(results[processes, name], results[1, name])
     assert len(results[1, name]["groups"]) == run_variants.PERIODS
+
+
+@pytest.mark.parametrize("name", ["nan", "overflow"])
+def test_a_step_that_breaks_on_one_of_two_processes_is_a_step_of_none(ended, name):
+    """In every stage both skip it, as one process does whose batch holds the same image; the targets hold at the end.
+
+    NaN reaches QASSO, which takes no step; an overflow is stopped before by the gradient scaler.
+    """
+    ours, theirs = ended[0][2, name], ended[0][1, name]
+    assert ours["broken_stages"] == set(Stage)
+    assert ours["steps"] == theirs["steps"] == run_variants.STEPS - len(run_variants.BROKEN_STEPS)
+    halved = run_variants.SCALE / 2 ** len(run_variants.BROKEN_STEPS)
+    assert ours["scale"] == theirs["scale"] == (halved if name == "overflow" else None)
+    check_same(ours, theirs)
+
+
+def test_with_checkpointing_two_processes_end_as_one_without(ended):
+    check_same(ended[0][2, "checkpointed"], ended[0][1, "share"])
 
 
 @pytest.mark.parametrize("name", ["compiled", "checkpointed", "reentrant"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_geta import finalize_model
 from tests.processes import run_sharded
 
 PROGRAM = Path(run_sharded.__file__)
@@ -38,18 +39,21 @@ def ended(tmp_path_factory):
 
 @pytest.mark.parametrize(("processes", "name"), [*((2, name) for name in run_sharded.MODELS), (4, "vit")])
 def test_in_pieces_a_run_ends_as_whole(ended, processes, name, tmp_path):
-    whole, small = run_sharded.train(name)
+    whole, model = run_sharded.train(name)
     pieces = torch.load(ended[processes] / f"{name}.pt", weights_only=False)
     assert (pieces["processes"], whole["processes"]) == (processes, 1)
     assert pieces["groups"] == whole["groups"]
     assert sum(pieces["groups"][-1]) > 0
-    assert pieces["most_wholes"] == 1
+    (wholes, held), *others = pieces["held"]
+    assert wholes == 1
+    assert held > 0
+    assert others == [(1, 0)] * (processes - 1)  # no one but rank 0 holds anything of the small model
     assert max(pieces["messages"]) <= MOST_MESSAGES + (processes == 4)  # a mean over the other dimension of the mesh
     torch.testing.assert_close(pieces["widths"], whole["widths"], rtol=0, atol=TOLERANCE)
     assert pieces["weights"].keys() == whole["weights"].keys()
     for key, expected in whole["weights"].items():
         torch.testing.assert_close(pieces["weights"][key], expected, rtol=0, atol=TOLERANCE, msg=key)
-    small.save_pretrained(tmp_path)
+    finalize_model(model).save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_text() == (ended[processes] / name / "config.json").read_text()
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path, ended[processes] / name))
     assert ours.keys() == theirs.keys()

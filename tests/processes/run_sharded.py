@@ -1,8 +1,8 @@
 """A run with a loop of its own over a model that `fully_shard` has cut: `run_sharded.py FOLDER NAME ...`.
 
 Started on several processes, it trains each model of MODELS in pieces, with the same global batch as one process does,
-and leaves what the run ended with in `FOLDER/NAME.pt`, and the small model in `FOLDER/NAME`: the one that is here on rank
-0 alone. The tests call `train` for what a single process ends with.
+and leaves what the run ended with in `FOLDER/NAME.pt`, and the small model, which rank 0 alone keeps, in `FOLDER/NAME`.
+The tests call `train` for what a single process ends with.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from transformers import (
 
 from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model, quantizer_parameters, sharding
 from hf_geta.checkpoint import gather
+from hf_geta.plan.devices import plan_communication
 from hf_geta.plan.memory import tensor_bytes
 from hf_geta.sharding import whole
 
@@ -129,7 +130,7 @@ def train(name):
         model(**next_batch()).loss.backward()
         with counted() as count:
             optimizer.step()
-        messages.append(len(count))
+        messages.append(count)
         optimizer.zero_grad()
         groups.append(optimizer.removed.tolist())
     assert optimizer.removed.sum() == optimizer.groups_to_remove
@@ -137,7 +138,7 @@ def train(name):
     weights = {key: whole(value) for key, value in model.state_dict().items() if not key.endswith("input_power")}
     widths = optimizer.widths.bits()
     result = {"groups": groups, "weights": weights, "widths": widths, "processes": processes}
-    return result | {"messages": messages}, model
+    return result | {"messages": messages, "plan": plan_communication(model, optimizer, gradients=0)}, model
 
 
 def new_optimizer(model):
@@ -157,10 +158,13 @@ def resumed(optimizer, model):
 
 @contextlib.contextmanager
 def counted():
-    """The sums over processes that are sent meanwhile."""
+    """The bytes of each sum over processes that is sent meanwhile."""
     sent, send = [], sharding.dist.all_reduce
     try:
-        sharding.dist.all_reduce = lambda values, **options: (sent.append(values.numel()), send(values, **options))
+        sharding.dist.all_reduce = lambda values, **options: (
+            sent.append(tensor_bytes([values])),
+            send(values, **options),
+        )
         yield sent
     finally:
         sharding.dist.all_reduce = send

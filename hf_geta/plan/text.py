@@ -148,7 +148,7 @@ def _communication(sent: Communication) -> str:
         f"cool-down {size['final_widths']} once. Calibration all-reduces {size['calibration']} before the first step.\n"
         "In pieces (FSDP2), beside what their engine sends, each step all-reduces the same of quantizers, in "
         f"projection and joint stage {size['scores']} of scores, and in the joint stage at most {size['forgotten']} of "
-        f"what is forgotten; where widths move at once, at most {size['moved_weights']} of weights are gathered, in turn."
+        f"what is forgotten; where widths move at once, weights are gathered, {size['moved_weights']} at most, in turn."
     )
 
 

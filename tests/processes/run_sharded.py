@@ -8,6 +8,7 @@ The tests call `train` for what a single process ends with.
 import contextlib
 import io
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -172,26 +172,20 @@ def counted():
 
 @contextlib.contextmanager
 def counted_wholes():
-    """How many gathered tensors live at a time, beside those that have become the small model's."""
-    counts, alive, made = [], WeakIdKeyDictionary(), []
-    whole, initialize = gather.whole, gather.InPieces.__init__
+    """How many whole tensors that were gathered live at a time; as a parameter of the small model one is another."""
+    counts, alive, whole = [], weakref.WeakSet(), gather.whole
 
     def remembered(tensor):
-        value = whole(tensor)
-        alive[value.untyped_storage()] = None
-        kept = {parameter.untyped_storage().data_ptr() for parameter in made[-1].copy.parameters()}
-        counts.append(sum(storage.data_ptr() not in kept for storage in alive))
+        value = whole(tensor).clone()  # gloo's thread may hold its own for a moment longer
+        alive.add(value)
+        counts.append(len(alive))
         return value
 
-    def noted(self, *args):
-        initialize(self, *args)
-        made.append(self)
-
     try:
-        gather.whole, gather.InPieces.__init__ = remembered, noted
+        gather.whole = remembered
         yield counts
     finally:
-        gather.whole, gather.InPieces.__init__ = whole, initialize
+        gather.whole = whole
 
 
 def finalize(model):

@@ -29,13 +29,17 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
+def finalize_model(model: PreTrainedModel, here: bool = True) -> PreTrainedModel:
     """The small model: removed groups cut out, weights as packed integer codes; `model` is left alone.
 
     A run with `weight_bits=None` ends in an ordinary float model of fewer groups.
 
     A group counts as removed when all its members are exactly zero. Widths of a run that stopped before its
     cool-down go to the nearest allowed ones.
+
+    Args:
+        here: whether this process wants the small model. Of a model in pieces every process makes the call; those that
+            do not save it write `here=False`, hold one whole weight at a time, and get it on the meta device.
 
     Returns:
         A copy with physically smaller, packed layers and the manifest in its config; `save_pretrained` it and load
@@ -54,9 +58,10 @@ def finalize_model(model: PreTrainedModel) -> PreTrainedModel:
     with rounded_widths(model) as have_moved:
         if have_moved:
             logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
-        small = _cut_in_pieces(model, removed) if Shards(model.parameters()).are_several else _cut(model, removed)
+        in_pieces = Shards(model.parameters()).are_several
+        small = _cut_in_pieces(model, removed, here) if in_pieces else _cut(model, removed)
     publish_with_card_(small, compression_report(model))
-    return small
+    return small if here else small.to("meta")
 
 
 def _cut(model: PreTrainedModel, removed: Removed) -> Any:
@@ -69,10 +74,10 @@ def _cut(model: PreTrainedModel, removed: Removed) -> Any:
     return small
 
 
-def _cut_in_pieces(model: PreTrainedModel, removed: Removed) -> Any:
+def _cut_in_pieces(model: PreTrainedModel, removed: Removed, here: bool) -> Any:
     """As `_cut`, of a model that lies in pieces: gathered, cut and packed tensor by tensor."""
     preparation = preparation_of(model)
-    pieces = InPieces(model)
+    pieces = InPieces(model, here)
     small: Any = pieces.copy
     if preparation.qadg.can_be_cut:
         pieces.cut(preparation.qadg.kept(small, removed))

@@ -115,12 +115,18 @@ def compression_report(model: PreTrainedModel) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def output_difference(model: nn.Module, small: nn.Module, inputs: Mapping[str, Any]) -> float:
-    """||small(x) - model(x)|| / ||model(x)|| over all floating outputs, both in eval mode."""
+def output_difference(model: nn.Module, small: nn.Module | None, inputs: Mapping[str, Any]) -> float:
+    """||small(x) - model(x)|| / ||model(x)|| over all floating outputs, both in eval mode.
+
+    0 without `small`: then `model` computes for the processes that hold its other pieces, which have one to compare.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    outputs = [list(float_tensors(m.eval()(**inputs)).values()) for m in (model, small)]
+    outputs = [list(float_tensors(model.eval()(**inputs)).values())]
     for module, training in modes:
         module.training = training
+    if small is None:
+        return 0.0
+    outputs.append(list(float_tensors(small.eval()(**inputs)).values()))
     difference = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(*outputs, strict=True))
     norm = sum(float(a.float().square().sum()) for a in outputs[0])
     return (difference / max(norm, torch.finfo(torch.float32).tiny)) ** 0.5

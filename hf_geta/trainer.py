@@ -265,11 +265,11 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def finalize(self) -> PreTrainedModel:
+    def finalize(self, here: bool = True) -> PreTrainedModel:
         """The small model, checked: on a calibration batch it computes what the masked model computes.
 
         Its `push_to_hub` publishes it with processor, report and card. Of a model in pieces (FSDP2) every process calls
-        it, and gets the same.
+        it, and gets the same, or with `here=False` a model on the meta device, for one that does not want it.
 
         A run that ended before its targets held (stopped early, or with steps that a gradient scaler skipped) is
         finalized as it is, with a warning.
@@ -281,8 +281,8 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         if not is_prepared(self.model):
             raise ValueError("nothing is compressed yet: call train() first, with a geta_config.")
         self._warn_of_an_early_end()
-        small = finalize_model(self.model)
-        self._check_pruning(small)
+        small = finalize_model(self.model, here)
+        self._check_pruning(small, here)
         # accelerate's forward for bf16 and fp16 came with the copy, which is to compute what its files do;
         # `unwrap_model` would take transformers' own decorators off as well
         if vars(small).pop("_original_forward", None) is not None:
@@ -304,13 +304,16 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
                 self.qasso.groups_to_remove,
             )
 
-    def _check_pruning(self, small: PreTrainedModel) -> None:
-        """Compare the small model with the masked one, both with the widths that are saved, on a calibration batch."""
+    def _check_pruning(self, small: PreTrainedModel, here: bool) -> None:
+        """Compare the small model with the masked one, both with the widths that are saved, on a calibration batch.
+
+        The masked model is run by all processes that it lies on, the small one by those that have it here.
+        """
         with preserved_rng():
             inputs = self._calibration_batches(1)[0]
         set_backend_(small, "reference")  # it is the graph that is checked, not a kernel's rounding or the inputs'
         with rounded_widths(self.model), float_inputs(self.model), float_inputs(small):
-            difference = output_difference(self.model, small, inputs)
+            difference = output_difference(self.model, small if here else None, inputs)
         if self.in_pieces:  # each has looked at a batch of its own
             reshard_(self.model)
             each = self.accelerator.gather(torch.tensor([difference], device=self.args.device))
@@ -323,7 +326,7 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
             )
 
     def _save_compressed(self, directory: Path) -> None:
-        small, report = self.finalize(), self._report()
+        small, report = self.finalize(here=bool(self.args.should_save)), self._report()
         if not self.args.should_save:  # it has added its pieces
             return
         self._finish_current_push()  # which reads the files that are replaced now

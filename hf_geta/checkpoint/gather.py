@@ -1,7 +1,8 @@
 """From a model that lies in pieces on several processes to one that is whole and small, one tensor at a time.
 
 The copy has all but the pieces; each parameter is made whole when it is asked for, cut to the groups that are kept,
-and packed, before the next one is. So no process ever holds more than one whole tensor of the large model.
+and packed, before the next one is. So no process ever holds more than one whole tensor of the large model; and one that
+takes part without wanting the small model drops each at once.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ class InPieces:
 
     Args:
         model: a model that `fully_shard` has cut; it is left alone.
+        here: whether this process wants the values; if not, it takes part in the messages all the same.
 
     Attributes:
         copy: the model without the engine that cut it; parameters in pieces are empty there, on the meta device.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, here: bool = True) -> None:
+        self._here = here
         memo: dict[int, Any] = {}
         self._pieces: dict[nn.Parameter, DTensor] = {}
         self._kept: dict[nn.Parameter, Mapping[int, Tensor]] = {}
@@ -53,16 +56,21 @@ class InPieces:
         self._kept = {named[name]: dims for name, dims in kept.items() if name in named}
 
     def read(self, parameter: Tensor) -> Tensor:
-        """The value of a parameter of the copy, with what was cut gone. All processes must call it, in one order."""
+        """The value of a parameter of the copy, with what was cut gone; where it is not wanted, on the meta device.
+
+        All processes must call it, in one order.
+        """
         if not isinstance(parameter, nn.Parameter) or parameter not in self._pieces:
             return parameter
         value = whole(self._pieces[parameter])
+        if not self._here:
+            value = value.to("meta")
         for dim, indices in self._kept.get(parameter, {}).items():
             value = value.index_select(dim, indices.to(value.device))
         return value
 
     def fill_(self) -> None:
-        """Give the copy's modules the values of the parameters that are still empty; tied ones stay tied."""
+        """Give the copy's modules what `read` gives of the parameters that are still empty; tied ones stay tied."""
         filled: dict[nn.Parameter, nn.Parameter] = {}
         for module in self.copy.modules():
             for name, parameter in module._parameters.items():

@@ -37,7 +37,8 @@ def pack_model_(model: PreTrainedModel, read: Callable[[Tensor], Tensor] = _as_i
     one weight share one packed tensor. What pruning wrote into the manifest is kept.
 
     Args:
-        read: weight of a layer -> its value, asked for layer by layer, of weights that are not here (meta device).
+        read: weight of a layer -> its value, asked for layer by layer, of weights that are not here (meta device). Of a
+            value that is not here either, the packed layer stays empty.
 
     Returns:
         `model`, ready for `save_pretrained`.
@@ -135,7 +136,8 @@ def _fill_(packed: PackedLayer, layer: QuantizedLayer, read: Callable[[Tensor], 
     if (blocks := layer.weight_quantizer.blocks) is not None:
         units = blocks.multipliers // multiplier_unit(packed.manifest.bits)
         packed._buffers["block_multipliers"] = pack_multipliers(units)
-    packed._buffers["weight"] = pack_codes(layer.weight_quantizer.codes(read(layer.weight)), packed.manifest.bits)
+    if not (weight := read(layer.weight)).is_meta:
+        packed._buffers["weight"] = pack_codes(layer.weight_quantizer.codes(weight), packed.manifest.bits)
 
 
 def _step_sizes(layer: QuantizedLayer) -> Tensor:

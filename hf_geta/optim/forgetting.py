@@ -12,6 +12,8 @@ from hf_geta.optim.joint import forget_rate, joint_step_size
 from hf_geta.optim.redundant import RedundantEntries
 from hf_geta.sharding import Shards
 
+FORGOTTEN_SUMS = 5  # of every tensor that forgets
+
 Bounds = tuple[Tensor, Tensor]  # (lower, upper) of every width, in bits, (quantizers,) each
 
 
@@ -31,7 +33,7 @@ def step_and_forget_(
     base.step()
     entries.widths.project_(*bounds)
     square = entries.squared_norms()
-    sums = torch.zeros(5, entries.num_segments, device=square.device)
+    sums = torch.zeros(FORGOTTEN_SUMS, entries.num_segments, device=square.device)
     sums[4] = square
     for chunk, values in zip(entries.chunks, before, strict=True):
         clipped, residual = chunk.split_quantized(values, grids)

@@ -14,6 +14,7 @@ from transformers import Trainer
 from hf_geta.checkpoint.models import first_line
 from hf_geta.config_checks import MAX_BITS
 from hf_geta.graph.capture import TRACING_ERRORS
+from hf_geta.optim.forgetting import FORGOTTEN_SUMS
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.redundant import CHUNK_ENTRIES
 from hf_geta.plan.memory import OptimizerMemory, PassMemory, measure_optimizer, measure_pass, tensor_bytes
@@ -25,6 +26,8 @@ from hf_geta.quantization.quantizers import Quantizer
 
 # What is held of every redundant entry: its index, and in a step its value; of those of a chunk so many numbers more.
 INDEX_BYTES, VALUE_BYTES, CHUNK_VECTORS = 8, 4, 12
+
+SUM_BYTES = 4
 
 Measured = TypeVar("Measured", OptimizerMemory, PassMemory)
 
@@ -58,7 +61,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Communication:
-    """Bytes that a process sends and receives under DDP.
+    """Bytes that a process sends and receives: under DDP, and in pieces (FSDP2) what is not the engine's.
 
     Attributes:
         gradients: all-reduced in each step without compression.
@@ -67,6 +70,10 @@ class Communication:
         decision: broadcast at the start of each pruning period, in `decision_messages`.
         final_widths: broadcast once, at the start of the cool-down.
         calibration: all-reduced once, before the first step.
+        scores: in pieces, all-reduced in each step of the projection and joint stage; `mix` and `magnitude` send as
+            much once more when a period begins.
+        forgotten: in pieces, all-reduced in each step of the joint stage, at most.
+        moved_weights: in pieces, all-gathered at most whenever bounds of widths move, one weight at a time.
     """
 
     gradients: int
@@ -76,6 +83,9 @@ class Communication:
     decision_messages: int
     final_widths: int
     calibration: int
+    scores: int
+    forgotten: int
+    moved_weights: int
 
 
 def plan_memory(run: Run, qasso: QASSO, inputs: Mapping[str, Tensor], processes: int, forgotten: float) -> Memory:
@@ -156,4 +166,7 @@ def plan_communication(model: nn.Module, qasso: QASSO, gradients: int) -> Commun
             + OUTLIER_BYTES * (layer.input_quantizer is not None)
             for layer in layers
         ),
+        scores=SUM_BYTES * (qasso.space.num_groups + 1) * qasso.config.prunes,  # one sum is of what no group owns
+        forgotten=SUM_BYTES * FORGOTTEN_SUMS * len(qasso.space.parameters) * qasso.config.prunes,
+        moved_weights=tensor_bytes(weight for weight in qasso.weights if weight is not None),
     )

@@ -145,7 +145,10 @@ def _communication(sent: Communication) -> str:
         f"Each step all-reduces {size['gradients']} of gradients without compression, and with it "
         f"{size['quantizer_gradients']} more; its forward broadcasts {size['buffers']} (0 B with "
         f"ddp_broadcast_buffers: false). Each pruning period broadcasts {size['decision']} in {messages}, the "
-        f"cool-down {size['final_widths']} once. Calibration all-reduces {size['calibration']} before the first step."
+        f"cool-down {size['final_widths']} once. Calibration all-reduces {size['calibration']} before the first step.\n"
+        "In pieces (FSDP2), beside what their engine sends, each step all-reduces the same of quantizers, in "
+        f"projection and joint stage {size['scores']} of scores, and in the joint stage at most {size['forgotten']} of "
+        f"what is forgotten; where widths move at once, weights are gathered, {size['moved_weights']} at most, in turn."
     )
 
 

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from hf_geta import GETAConfig, GETATrainer, sharded_training
+from hf_geta.plan.memory import tensor_bytes
 from hf_geta.sharding import whole
 
 sys.path += [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "scripts")]
@@ -173,8 +174,11 @@ def train(name, folder, checkpoint=None):
         "eval_loss": trainer.evaluate()["eval_loss"],
         "predictions": trainer.predict(trainer.eval_dataset).predictions,
     }
+    small, finalize = [], trainer.finalize
+    trainer.finalize = lambda **options: small.append(finalize(**options)) or small[-1]
     trainer.save_model(str(Path(folder) / f"{name}{'-resumed' if checkpoint else ''}"))
-    return result
+    tensors = (*small[-1].parameters(), *small[-1].buffers())
+    return result | {"held_bytes": tensor_bytes(tensor for tensor in tensors if not tensor.is_meta)}
 
 
 def die_while_writing(kind):
@@ -204,6 +208,7 @@ def main(folder, *names):
             die_while_writing(killed)
         run, _, checkpoint = run.partition("@")
         result = train(run, folder, checkpoint or None)
+        assert (result["held_bytes"] > 0) == (dist.get_rank() == 0), f"{name}: who writes the small model has it, alone"
         result["pushed"] = [sorted(files) for _, files in hub.commits]
         told = [None] * dist.get_world_size()
         dist.all_gather_object(told, [result["groups"], digest(result["weights"])])

@@ -1,8 +1,8 @@
 """A run with a loop of its own over a model that `fully_shard` has cut: `run_sharded.py FOLDER NAME ...`.
 
 Started on several processes, it trains each model of MODELS in pieces, with the same global batch as one process does,
-and leaves what the run ended with in `FOLDER/NAME.pt`, and the small model in `FOLDER/NAME`. The tests call `train` for
-what a single process ends with.
+and leaves what the run ended with in `FOLDER/NAME.pt`, and the small model, which rank 0 alone keeps, in `FOLDER/NAME`.
+The tests call `train` for what a single process ends with.
 """
 
 import contextlib
@@ -27,7 +27,9 @@ from transformers import (
 )
 
 from hf_geta import GETAConfig, create_optimizer, finalize_model, prepare_model, quantizer_parameters, sharding
-from hf_geta.checkpoint.gather import InPieces
+from hf_geta.checkpoint import gather
+from hf_geta.plan.devices import plan_communication
+from hf_geta.plan.memory import tensor_bytes
 from hf_geta.sharding import is_cut, local_gradient, whole
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
@@ -39,6 +41,7 @@ BROKEN_STEPS = {1, 8, 14, 25}  # one in every stage
 SHARE = GETAConfig(group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=3)
 PER_BLOCK = GETAConfig(**{**SHARE.to_dict(), "granularity": "block", "saliency": "mix"})
 BUDGET = GETAConfig(target_bops=0.01, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=3)
+FLOAT = GETAConfig(group_sparsity=0.5, weight_bits=None, activation_bits=None, pruning_periods=3)
 EMBEDDINGS = GETAConfig(**{**SHARE.to_dict(), "quantize_embeddings": 8})
 
 
@@ -76,6 +79,7 @@ MODELS = {
     "vit": (vit, images, SHARE, "vit.layers"),
     "block": (vit, images, PER_BLOCK, "vit.layers"),
     "budget": (vit, images, BUDGET, "vit.layers"),
+    "float": (vit, images, FLOAT, "vit.layers"),
     "llama": (llama, texts, EMBEDDINGS, "model.layers"),
     "resnet": (resnet, images, SHARE, "resnet.encoder.stages"),
 }
@@ -104,7 +108,7 @@ def check_that_all_or_nothing_is_cut():
 
 
 def train(name):
-    """What a run ends with; in float64, so that sums in another order hardly differ."""
+    """What a run ends with, and its model; in float64, so that sums in another order hardly differ."""
     make, batches, targets, modules = MODELS[name]
     processes = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -129,17 +133,15 @@ def train(name):
         model(**next_batch()).loss.backward()
         with counted() as count:
             optimizer.step()
-        messages.append(len(count))
+        messages.append(count)
         optimizer.zero_grad()
         groups.append(optimizer.removed.tolist())
     assert optimizer.removed.sum() == optimizer.groups_to_remove
-    with counted_wholes() as most_wholes:
-        small = finalize_model(model)
     # what calibration adds up is the more, the more processes there are; its clips are not
     weights = {key: whole(value) for key, value in model.state_dict().items() if not key.endswith("input_power")}
     widths = optimizer.widths.bits()
     result = {"groups": groups, "weights": weights, "widths": widths, "processes": processes}
-    return result | {"messages": messages, "most_wholes": max(most_wholes, default=0)}, small
+    return result | {"messages": messages, "plan": plan_communication(model, optimizer, gradients=0)}, model
 
 
 def check_that_nan_on_one_process_is_a_step_of_none(model, batch, optimizer):
@@ -173,10 +175,13 @@ def resumed(optimizer, model):
 
 @contextlib.contextmanager
 def counted():
-    """The sums over processes that are sent meanwhile."""
+    """The bytes of each sum over processes that is sent meanwhile."""
     sent, send = [], sharding.dist.all_reduce
     try:
-        sharding.dist.all_reduce = lambda values, **options: (sent.append(values.numel()), send(values, **options))
+        sharding.dist.all_reduce = lambda values, **options: (
+            sent.append(tensor_bytes([values])),
+            send(values, **options),
+        )
         yield sent
     finally:
         sharding.dist.all_reduce = send
@@ -184,33 +189,45 @@ def counted():
 
 @contextlib.contextmanager
 def counted_wholes():
-    """How many whole weights that were gathered to be packed live at a time."""
-    counts, alive, read = [], weakref.WeakSet(), InPieces.read
+    """How many whole tensors that were gathered live at a time; as a parameter of the small model one is another."""
+    counts, alive, whole = [], weakref.WeakSet(), gather.whole
 
-    def remembered(self, parameter):
-        value = read(self, parameter)
-        if parameter.is_meta and value.dim() > 1:
-            alive.add(value)
-            counts.append(len(alive))
+    def remembered(tensor):
+        value = whole(tensor).clone()  # gloo's thread may hold its own for a moment longer
+        alive.add(value)
+        counts.append(len(alive))
         return value
 
     try:
-        fill, InPieces.read = InPieces.fill_, remembered
-        InPieces.fill_ = lambda self: (setattr(InPieces, "read", read), fill(self))  # what stays in float is kept
+        gather.whole = remembered
         yield counts
     finally:
-        InPieces.read, InPieces.fill_ = read, fill
+        gather.whole = whole
+
+
+def finalize(model):
+    """The small model, on rank 0; each process's (most whole tensors at a time, bytes of it that are here)."""
+    with counted_wholes() as counts:
+        small = finalize_model(model, here=dist.get_rank() == 0)
+    here = tensor_bytes(tensor for tensor in (*small.parameters(), *small.buffers()) if not tensor.is_meta)
+    assert len(counts) == sum(isinstance(parameter, DTensor) for parameter in model.parameters())
+    told = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (max(counts), here))
+    return small, told
 
 
 def main(folder, *names):
     dist.init_process_group("gloo")
     check_that_all_or_nothing_is_cut()
     for name in names:
-        result, small = train(name)
+        result, model = train(name)
+        small, result["held"] = finalize(model)
+        everywhere = {key: value.tolist() for key, value in finalize_model(model).state_dict().items()}
         told = [None] * dist.get_world_size()
-        dist.all_gather_object(told, {key: value.tolist() for key, value in small.state_dict().items()})
+        dist.all_gather_object(told, everywhere)
         assert all(one == told[0] for one in told), f"{name}: the processes ended with different models"
         if dist.get_rank() == 0:
+            assert {key: value.tolist() for key, value in small.state_dict().items()} == everywhere
             torch.save(result, Path(folder) / f"{name}.pt")
             small.save_pretrained(Path(folder) / name)
     leave_processes()

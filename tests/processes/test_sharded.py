@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_geta import finalize_model
 from tests.processes import run_sharded
 
 PROGRAM = Path(run_sharded.__file__)
@@ -36,20 +37,35 @@ def ended(tmp_path_factory):
     return folders
 
 
+def check_messages(in_steps, plan, means):
+    """As planned; of a step's quantizers' gradients, `means` over as many dimensions of the mesh."""
+    first = [plan.quantizer_gradients] * means * (plan.quantizer_gradients > 0) + [8]  # are all gradients finite
+    for sizes in in_steps:
+        assert len(sizes) <= MOST_MESSAGES + means - 1
+        assert sizes[: len(first)] == first
+        *scores, last = sizes[len(first) :] or [0]
+        assert set(scores) <= {plan.scores}
+        assert last == plan.scores or last <= plan.forgotten
+    assert any(plan.scores in sizes for sizes in in_steps)
+
+
 @pytest.mark.parametrize(("processes", "name"), [*((2, name) for name in run_sharded.MODELS), (4, "vit")])
 def test_in_pieces_a_run_ends_as_whole(ended, processes, name, tmp_path):
-    whole, small = run_sharded.train(name)
+    whole, model = run_sharded.train(name)
     pieces = torch.load(ended[processes] / f"{name}.pt", weights_only=False)
     assert (pieces["processes"], whole["processes"]) == (processes, 1)
     assert pieces["groups"] == whole["groups"]
     assert sum(pieces["groups"][-1]) > 0
-    assert pieces["most_wholes"] == 1
-    assert max(pieces["messages"]) <= MOST_MESSAGES + (processes == 4)  # a mean over the other dimension of the mesh
+    (wholes, held), *others = pieces["held"]
+    assert wholes == 1
+    assert held > 0
+    assert others == [(1, 0)] * (processes - 1)  # no one but rank 0 holds anything of the small model
+    check_messages(pieces["messages"], pieces["plan"], means=processes // 2)
     torch.testing.assert_close(pieces["widths"], whole["widths"], rtol=0, atol=TOLERANCE)
     assert pieces["weights"].keys() == whole["weights"].keys()
     for key, expected in whole["weights"].items():
         torch.testing.assert_close(pieces["weights"][key], expected, rtol=0, atol=TOLERANCE, msg=key)
-    small.save_pretrained(tmp_path)
+    finalize_model(model).save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_text() == (ended[processes] / name / "config.json").read_text()
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path, ended[processes] / name))
     assert ours.keys() == theirs.keys()

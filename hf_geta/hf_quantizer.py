@@ -89,7 +89,7 @@ class GETAHfQuantizer(HfQuantizer):
     update_tp_plan = update_attn_implementation  # transformers 5.17 asks for that one instead
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        _refuse_files(kwargs.get("checkpoint_files") or (), model.config.name_or_path)
+        _refuse_files(kwargs.get("checkpoint_files") or (), str(model.config.name_or_path))
         split_packed_experts_(self.quantization_config.manifest, model)
         manifest = fit_manifest(self.quantization_config.manifest, model)
         weights = {f"{name}.weight": layer.shape for name, layer in manifest.layers.items()}

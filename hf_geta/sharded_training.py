@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import SAFE_WEIGHTS_NAME, is_accelerate_available
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_geta.checkpoint.optimizer_state import joined_state, split_state
 from hf_geta.checkpoint.pieces import MODEL, OPTIMIZER, Pieces, piece_files, write_pieces
@@ -48,41 +47,6 @@ class ShardedTrainer(Trainer):
         """The run's QASSO, under whatever accelerate has wrapped around it."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, QASSO) else None
-
-    def _refuse_what_pieces_do_not_take(self) -> None:
-        plugin = self.accelerator.state.fsdp_plugin
-        refused = {
-            "an old accelerate": (not is_accelerate_available("1.15.0"), "pip install 'accelerate>=1.15'"),
-            "weights on the meta device": (
-                any(parameter.is_meta for parameter in self.model.parameters()),
-                "transformers made a head on the first process alone, write fsdp_cpu_ram_efficient_loading: false",
-            ),
-            "FSDP1": (plugin.fsdp_version != 2, "write fsdp_version: 2, as configs/accelerate/fsdp2.yaml does"),
-            "fsdp_offload_params": (
-                isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-                "QASSO keeps its own on the device: write false, and spread the model over more devices",
-            ),
-            "fsdp_activation_checkpointing": (
-                plugin.activation_checkpointing,
-                "it renames the parameters: write false, and gradient_checkpointing=True in TrainingArguments",
-            ),
-            "fsdp_ignored_modules": (
-                plugin.ignored_modules is not None,
-                "QASSO has all parameters in pieces but those of the quantizers, which are found without it",
-            ),
-            "torch_compile": (
-                self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
-                "leave it out under FSDP2",
-            ),
-            "fp16": (self.args.fp16, "its gradient scaler takes no whole tensors beside pieces: write bf16=True"),
-            "auto_find_batch_size": (
-                self.args.auto_find_batch_size,
-                "what is in pieces does not begin anew: write a batch size that fits",
-            ),
-        }
-        for name, (is_asked_for, reason) in refused.items():
-            if is_asked_for:
-                raise ValueError(f"GETATrainer does not train under FSDP with {name}: {reason}.")
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
         """As in Trainer.

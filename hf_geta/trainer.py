@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import send_to_device
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_geta.agreement import is_distributed
 from hf_geta.checkpoint.directory import check_writable, replace_files
 from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.checkpoint.names import own_tensor_names
 from hf_geta.compress import create_optimizer, prepare_model, refuse_compressed, refuse_unfit
 from hf_geta.config import GETAConfig
+from hf_geta.engines import refuse_unsupported
 from hf_geta.finalize import finalize_model, rounded_widths
 from hf_geta.first_batches import column_names, first_batches
 from hf_geta.hub import card_fields, describe_training, pickled_without_token, push_while_training
@@ -46,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 # Sums are taken over fewer (zero) terms, in the model's dtype; a wrong slice moves the outputs by their own size.
 FINALIZE_TOLERANCE = 0.05
-NOT_OF_DATA = ("tp", "cp", "sp")  # tensor, context, sequence: accelerate's ways to use several devices for one sample
 
 
 class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
@@ -87,38 +85,8 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
             check_writable(str(given.output_dir))  # Trainer creates the folder, and says less if it cannot
         super().__init__(*args, geta_config=geta_config, teacher_model=teacher_model, **kwargs)
         if geta_config is not None:
-            self._refuse_what_qasso_cannot_drive()
+            refuse_unsupported(self)
             self.add_callback(CompressionProgress(self))
-
-    def _refuse_what_qasso_cannot_drive(self) -> None:
-        if self.lr_scheduler is not None:
-            raise ValueError(
-                "a learning-rate scheduler made before QASSO does not know the quantizers: pass "
-                "optimizers=(optimizer, None) and choose the schedule by TrainingArguments.lr_scheduler_type."
-            )
-        spread = len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
-        by_others = self.is_deepspeed_enabled or self.is_fsdp_xla_enabled or getattr(self.model, "_tp_size", None)
-        when_loaded = getattr(self, "is_distributed_loading_by_transformers", False)
-        sizes = getattr(self.accelerator, "parallelism_config", None)
-        if by_others or when_loaded or spread or any(getattr(sizes, f"{kind}_size", 1) > 1 for kind in NOT_OF_DATA):
-            raise ValueError(
-                "GETATrainer compresses on one device, under DDP (configs/accelerate/ddp.yaml), or in pieces under "
-                "accelerate's FSDP2 (configs/accelerate/fsdp2.yaml; a ParallelismConfig with dp_shard_size and "
-                "dp_replicate_size alone): DeepSpeed, XLA, tensor, context or sequence parallelism, a model that was "
-                "cut when it was loaded and a device_map over several devices are not supported."
-            )
-        if self.in_pieces:
-            self._refuse_what_pieces_do_not_take()
-        if self.args.auto_find_batch_size and self.args.world_size > 1:
-            raise ValueError(
-                "auto_find_batch_size lets the process whose memory is full begin anew, while the "
-                f"{self.args.world_size - 1} others wait for it in the old run: write a batch size that fits."
-            )
-        if is_distributed() and dist.get_world_size() != self.args.world_size:
-            raise ValueError(
-                f"{dist.get_world_size()} processes were launched, TrainingArguments know of {self.args.world_size}: "
-                "each would train and save by itself. Without a GPU, write use_cpu=True."
-            )
 
     # -- before the first step ------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from hf_geta import GETAConfig, GETATrainer, create_optimizer, prepare_model
+from hf_geta.engines import refuse_unsupported
 from hf_geta.finalize import rounded_widths
 from hf_geta.hub import describe_training
 from hf_geta.measure import float_inputs, output_difference
@@ -466,7 +467,7 @@ def test_what_cannot_be_had_in_pieces_is_refused_with_what_can(tmp_path, monkeyp
     for name, value in changes.items():
         setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=f"under FSDP with .*{told}") if told else contextlib.nullcontext():
-        trainer._refuse_what_qasso_cannot_drive()
+        refuse_unsupported(trainer)
 
 
 def test_a_model_that_is_not_in_pieces_yet_is_not_evaluated(tmp_path):

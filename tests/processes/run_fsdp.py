@@ -31,7 +31,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_geta import GETAConfig, GETATrainer, sharded_training
+from hf_geta import GETAConfig, GETATrainer, finalize_model, sharded_training
 from hf_geta.plan.memory import tensor_bytes
 from hf_geta.sharding import whole
 
@@ -177,8 +177,24 @@ def train(name, folder, checkpoint=None):
     small, finalize = [], trainer.finalize
     trainer.finalize = lambda **options: small.append(finalize(**options)) or small[-1]
     trainer.save_model(str(Path(folder) / f"{name}{'-resumed' if checkpoint else ''}"))
-    tensors = (*small[-1].parameters(), *small[-1].buffers())
-    return result | {"held_bytes": tensor_bytes(tensor for tensor in tensors if not tensor.is_meta)}
+    held = tensor_bytes(tensor for tensor in (*small[-1].parameters(), *small[-1].buffers()) if not tensor.is_meta)
+    check_that_a_wrong_small_model_is_refused(trainer, Path(folder) / f"{name}-wrong")
+    return result | {"held_bytes": held}
+
+
+def check_that_a_wrong_small_model_is_refused(trainer, folder):
+    """On every process, though only those that write it have run it."""
+
+    def with_zeros(model, here):
+        small = finalize_model(model, here)
+        torch._foreach_zero_([parameter.data for parameter in small.parameters()])
+        return small
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_geta.trainer.finalize_model", with_zeros)
+        with pytest.raises(RuntimeError, match="Nothing was saved"):
+            trainer.save_model(str(folder))
+    assert not folder.exists()
 
 
 def die_while_writing(kind):

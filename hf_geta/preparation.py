@@ -44,7 +44,8 @@ def preparation_of(model: nn.Module) -> Preparation:
 def forget_preparation_(model: nn.Module) -> None:
     """Leave nothing of `prepare_model` on a model but its layers."""
     del model.geta
-    vars(model).pop("save_pretrained", None)
+    if getattr(vars(model).get("save_pretrained"), "__func__", None) is _save_in_training:  # else it is compressed now
+        del model.save_pretrained
 
 
 def warn_when_saved_(model: nn.Module) -> None:

@@ -288,6 +288,7 @@ def test_a_model_of_a_loop_of_ones_own_publishes_report_and_card(config, hub, tm
     assert len(hub.commits) == 2
     for _, files in hub.commits:
         assert set(files) == FILES
+        assert json.loads(files["config.json"])["transformers_weights"] == HINT
         card = ModelCard(files["README.md"].decode())
         assert "On the Hub already." in card.text
         assert card.data.license == "mit"

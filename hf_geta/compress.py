@@ -44,7 +44,7 @@ from hf_geta.preparation import (
     prunable_parameters,
     warn_when_saved_,
 )
-from hf_geta.quantization.calibration import calibrate_, share_input_quantizers_
+from hf_geta.quantization.calibration import calibrate_, find_readers, share_input_quantizers_
 from hf_geta.quantization.experts import split_experts_
 from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.outliers import widen_outliers_
@@ -97,7 +97,7 @@ def prepare_model(
         if config.weight_bits is not None:
             quantize_modules_(model, config)
             _check_float_parameters(model)
-            _calibrate(model, config, batches)
+            preparation = dataclasses.replace(preparation, readers=_calibrate(model, config, batches))
         undo.pop_all()
     model.geta = preparation  # type: ignore[assignment]
     warn_when_saved_(model)
@@ -179,15 +179,18 @@ def make_layers_of_experts_(model: nn.Module, config: GETAConfig) -> None:
         split_experts_(model, config.modules_to_not_convert or ())
 
 
-def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inputs]) -> None:
+def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inputs]) -> tuple[tuple[str, ...], ...]:
+    """Set the quantizers; with `share_inputs`, the layers that read one tensor."""
     try:
-        if config.share_inputs:
-            share_input_quantizers_(model, batches[0])
+        readers = find_readers(model, batches[0]) if config.share_inputs else ()
+        if config.activation_bits is not None:
+            share_input_quantizers_(model, readers)
         calibrate_(model, batches, config.initial_bits)
         if (widths := config.allowed_bits("activation_bits")) is not None:
             widen_outliers_(model, batches, widths[-1], config.outlier_activation_bits)
     except (LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(model).__name__} does not take a calibration batch: {error!r}.") from error
+    return readers
 
 
 def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps: int) -> QASSO:
@@ -230,7 +233,7 @@ def create_optimizer(model: nn.Module, base: torch.optim.Optimizer, total_steps:
             every,
         )
     space = PruningSpace(axes, parameters, families)
-    quantizers = NumberedQuantizers.of(quantized_layers(model))
+    quantizers = NumberedQuantizers.of(quantized_layers(model), preparation.readers)
     budget = _budget(model, axes, quantizers)
     optimizer = QASSO(base, preparation.config, total_steps, space, quantizers, budget)
     if budget is None:

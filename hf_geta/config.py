@@ -84,8 +84,8 @@ class GETAConfig:
     share_inputs: bool = dataclasses.field(
         default=False,
         metadata={
-            "help": "Layers that read the same tensor (q, k and v; gate and up) round it once, with one width and one "
-            "scale: needed by programs that run them as one product."
+            "help": "Layers that read the same tensor (q, k and v; gate and up) end with one width for their weights, "
+            "and round it once, with one width and one scale: needed by programs that run them as one product."
         },
     )
     quantize_embeddings: int | None = dataclasses.field(

@@ -43,10 +43,8 @@ def check_config(config: Any) -> None:
     _check_embeddings(config)
     if config.weight_bits is None and not config.prunes:
         raise ValueError("weight_bits=None and group_sparsity=0 compress nothing: train with transformers.Trainer.")
-    if config.share_inputs and config.activation_bits is None:
-        raise ValueError(
-            "share_inputs=True without activation_bits: no input is rounded; write activation_bits=(8, 8)."
-        )
+    if config.share_inputs and config.weight_bits is None:
+        raise ValueError("share_inputs=True without weight_bits: there is no width to share; write weight_bits=(4, 8).")
     _check_choice("granularity", config.granularity, GRANULARITIES)
     _check_choice("saliency", config.saliency, SALIENCIES)
     for kind in config.optional_axes:

@@ -19,7 +19,7 @@ from hf_geta.graph.tracing import named_tensors
 from hf_geta.measure import compression_report
 from hf_geta.optim.finite import refuse_not_finite
 from hf_geta.optim.quantizers import NumberedQuantizers
-from hf_geta.optim.widths import WidthTable, nearest_allowed
+from hf_geta.optim.widths import WidthTable, nearest_allowed, tie_
 from hf_geta.preparation import forget_preparation_, preparation_of
 from hf_geta.quantization.layers import quantized_layers
 from hf_geta.report.publish import publish_with_card_
@@ -111,11 +111,12 @@ def rounded_widths(model: nn.Module) -> Iterator[bool]:
 def _round_widths_(model: nn.Module) -> bool:
     """Whole, allowed widths and blocks that can be packed, as they are after a cool-down; whether a width has moved."""
     config = preparation_of(model).config
-    numbered = NumberedQuantizers.of(quantized_layers(model))
+    numbered = NumberedQuantizers.of(quantized_layers(model), preparation_of(model).readers)
     table = WidthTable(numbered.quantizers)
     bits = table.bits()
     allowed = [config.allowed_bits(quantizer.widths) for quantizer in table.quantizers]
     final = torch.stack([nearest_allowed(width, widths) for width, widths in zip(bits, allowed, strict=True)])
+    tie_(final, numbered.ties)
     kept = _kept_inputs(model)
     for quantizer, weight, width in zip(table.quantizers, numbered.weights, final.tolist(), strict=True):
         if quantizer.blocks is None or weight is None or quantizer.blocks.can_be_packed(width, kept.get(weight)):

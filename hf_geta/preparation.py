@@ -26,6 +26,7 @@ class Preparation:
     config: GETAConfig
     qadg: QADG
     families: tuple[Family, ...] | None = None  # with `config.uniform`
+    readers: tuple[tuple[str, ...], ...] = ()  # with `config.share_inputs`: layers that read one tensor, by name
     groups_to_remove: int | None = None  # K, once an optimizer has planned with it; None with a budget
 
 

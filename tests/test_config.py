@@ -45,7 +45,7 @@ NAN = float("nan")
         ({"without": None}, "without=None: write a list of names"),
         ({"modules_to_not_convert": [3]}, "modules_to_not_convert=.3,.: write a list of names"),
         ({"without": "speed"}, "choose one of 'qadg', 'projection', 'joint_rule'"),
-        ({"share_inputs": True}, "without activation_bits: no input is rounded"),
+        ({"share_inputs": True, "weight_bits": None}, "share_inputs=True without weight_bits"),
         ({"without": "qadg", "uniform": True}, "groups that cannot be cut have no sizes"),
         ({"group_sparsity": "0.5"}, "group_sparsity='0.5': write a number"),
         ({"initial_bits": "16"}, "initial_bits='16': write a number"),

@@ -1,8 +1,9 @@
 """`compressed-tensors`: the format of llm-compressor, which vLLM and SGLang run from integers.
 
 Codes of 2 to 4 bits are stored as 4-bit codes and those of 5 to 8 as 8-bit ones, which changes no weight. Layers that
-read the same tensor are one product there: they get one width, the larger. The input of a layer stays rounded where it
-is at 8 bits, the one width that the format's integer products have; the weight is then stored at 8 bits as well.
+read the same tensor are one product there: they get one width, the larger, unless `share_inputs` trained them to one.
+The input of a layer stays rounded where it is at 8 bits, the one width that the format's integer products have; the
+weight is then stored at 8 bits as well.
 
     pack-quantized  weight_packed int32 (out, ceil(in * bits / 32)), weight_scale (out, 1), weight_shape (2,)
                     with blocks of 32 inputs at 4 bits, weight_scale (out, in / 32)

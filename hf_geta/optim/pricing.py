@@ -45,6 +45,7 @@ class Pricing:
         widths: all quantizers.
         allowed_bits: per quantizer the widths that it may end with, ascending.
         budget: the cost model and C*.
+        ties: quantizers that have one width at every decision, in sets.
 
     Attributes:
         scores: (num_groups,) <x, g>^2, summed over steps; a decision halves it.
@@ -68,9 +69,14 @@ class Pricing:
         widths: WidthTable,
         allowed_bits: Sequence[Sequence[int]],
         budget: Budget,
+        ties: Sequence[Sequence[int]],
     ) -> None:
         self.config, self.space, self.widths, self.allowed_bits = config, space, widths, allowed_bits
         self.budget = budget
+        self.first_of = list(range(len(allowed_bits)))  # quantizer -> the one that decides for it
+        for rows in ties:
+            for row in rows:
+                self.first_of[row] = rows[0]
         share = 1.0 if config.group_sparsity is None else config.group_sparsity
         self.families = space.lockstep(config.min_groups, config.group_divisible)
         self.most_removed = int(share * space.num_groups + 1e-9)  # a cap: never rounded up
@@ -175,18 +181,36 @@ class Pricing:
             most_removed=most_removed,
         )
         if "joint_rule" not in self.config.without or most_removed == sum(choices.removed):
-            return allocate(budget, choices, rises, noise, self.signed)
+            return self._tied(budget, choices, rises, noise)
         half = dataclasses.replace(budget, target=(self.start * budget.target) ** 0.5)
         at_full_width = dataclasses.replace(choices, widths=[bits[-1:] for bits in self.allowed_bits])
-        groups = allocate(half, at_full_width, rises, noise, self.signed).groups
+        groups = self._tied(half, at_full_width, rises, noise).groups
         gone = removed.clone()
         gone[list(groups)] = True
         counts = [int(flags.sum()) for flags in gone.split(self.space.axis_sizes)]
         structure = dataclasses.replace(choices, removed=counts, blocks=[()] * len(self.families))
-        found = dataclasses.replace(allocate(budget, structure, rises, noise, self.signed), groups=groups)
+        found = dataclasses.replace(self._tied(budget, structure, rises, noise), groups=groups)
         if found.cost <= budget.target:
             return found
-        return allocate(budget, choices, rises, noise, self.signed)  # its half was not enough: a common price after all
+        return self._tied(budget, choices, rises, noise)  # its half was not enough: a common price after all
+
+    def _tied(self, budget: Budget, choices: Choices, rises: Sequence[float], noise: Sequence[float]) -> Allocation:
+        """`allocate`, in which tied quantizers are one: a move lowers all their widths, and what it costs adds up."""
+        deciding = sorted(set(self.first_of))
+        number = {row: position for position, row in enumerate(deciding)}
+        column = [number[first] for first in self.first_of]
+        terms = [dataclasses.replace(t, quantizers=tuple(column[row] for row in t.quantizers)) for t in budget.terms]
+        together = [0.0] * len(deciding)
+        for position, value in zip(column, noise, strict=True):
+            together[position] += value
+        found = allocate(
+            dataclasses.replace(budget, terms=tuple(terms)),
+            dataclasses.replace(choices, widths=[choices.widths[row] for row in deciding]),
+            rises,
+            together,
+            [self.signed[row] for row in deciding],
+        )
+        return dataclasses.replace(found, bits=tuple(found.bits[position] for position in column))
 
     def _cost_before(self) -> float:
         return self.budget.cost([0] * len(self.space.axis_sizes), [bits[-1] for bits in self.allowed_bits])

@@ -69,7 +69,7 @@ class QASSO(OptimizerWrapper):
     ) -> None:
         self.config, self.budget = config, budget
         self.space = space
-        self.weights = numbered.weights
+        self.weights, self.ties = numbered.weights, numbered.ties
         # one row per parameter of the space, -1 without a quantizer
         self.quantizer_rows = [numbered.weight_rows.get(name, -1) for name in space.parameter_names]
         _separate_quantizer_parameters_(base, numbered.quantizers, config.quantizer_learning_rate)
@@ -104,9 +104,9 @@ class QASSO(OptimizerWrapper):
         self.final_bits: Tensor | None = None
         self.targets: Share | Pricing
         if self.budget is None:
-            self.targets = Share(self.config, self.schedule, self.space, self.widths, self.allowed_bits)
+            self.targets = Share(self.config, self.schedule, self.space, self.widths, self.allowed_bits, self.ties)
         else:
-            self.targets = Pricing(self.config, self.space, self.widths, self.allowed_bits, self.budget)
+            self.targets = Pricing(self.config, self.space, self.widths, self.allowed_bits, self.budget, self.ties)
         self._cache_index_sets()
 
     @property

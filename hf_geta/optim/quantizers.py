@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -19,16 +19,22 @@ class NumberedQuantizers:
         quantizers: row -> quantizer.
         weights: row -> the weight that it rounds; None for an input.
         weight_rows, input_rows: name of a layer's weight -> row of the quantizer of that weight, of the layer's input.
+        ties: rows of weights that end with one width, in sets of two and more.
     """
 
     quantizers: list[Quantizer]
     weights: list[Tensor | None]
     weight_rows: dict[str, int]
     input_rows: dict[str, int]
+    ties: list[list[int]]
 
     @classmethod
-    def of(cls, layers: Mapping[str, QuantizedLayer]) -> NumberedQuantizers:
-        """Number the quantizers of layers by module name; a shared one has one row."""
+    def of(cls, layers: Mapping[str, QuantizedLayer], readers: Iterable[Sequence[str]] = ()) -> NumberedQuantizers:
+        """Number the quantizers of layers by module name; a shared one has one row.
+
+        Args:
+            readers: names of layers whose weights end with one width, where they may have the same ones.
+        """
         of_weights = {f"{name}.weight": layer.weight_quantizer for name, layer in layers.items()}
         inputs = {f"{name}.weight": layer.input_quantizer for name, layer in layers.items()}
         of_inputs = {
@@ -37,9 +43,14 @@ class NumberedQuantizers:
         quantizers = list({id(q): q for q in (*of_weights.values(), *of_inputs.values())}.values())
         row_of = {id(quantizer): row for row, quantizer in enumerate(quantizers)}
         weight_of = {row_of[id(layer.weight_quantizer)]: layer.weight for layer in layers.values()}
+        ties: dict[tuple[int, str], set[int]] = {}
+        for number, name in ((number, name) for number, names in enumerate(readers) for name in names):
+            quantizer = layers[name].weight_quantizer
+            ties.setdefault((number, quantizer.widths), set()).add(row_of[id(quantizer)])
         return cls(
             quantizers,
             [weight_of.get(row) for row in range(len(quantizers))],
             {name: row_of[id(quantizer)] for name, quantizer in of_weights.items()},
             {name: row_of[id(quantizer)] for name, quantizer in of_inputs.items()},
+            [sorted(rows) for rows in ties.values() if len(rows) > 1],
         )

@@ -26,6 +26,13 @@ def nearest_allowed(bits: Tensor, allowed: Sequence[int] | None) -> Tensor:
     return widths[torch.bucketize(bits, (widths[1:] + widths[:-1]) / 2, right=True)]
 
 
+def tie_(bits: Tensor, ties: Sequence[Sequence[int]]) -> Tensor:
+    """Give the rows of each set the widest of their widths; `bits`, (quantizers,), itself."""
+    for rows in ties:
+        bits[list(rows)] = bits[list(rows)].max()
+    return bits
+
+
 class WidthTable:
     """The quantizers' (d, q_m, t), stacked in log space: ln d = t ln q_m - ln(levels).
 

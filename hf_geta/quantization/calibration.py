@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,15 +66,21 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> li
     return [name for name, layer in layers.items() if layer.input_quantizer is not None]
 
 
-def share_input_quantizers_(model: nn.Module, batch: Any) -> None:
-    """Gives layers that read the very same tensor one input quantizer; before `calibrate_`.
+def find_readers(model: nn.Module, batch: Any) -> tuple[tuple[str, ...], ...]:
+    """The quantized layers in sets that read the very same tensor, those that read one alone left out.
 
     Args:
         batch: inputs of the model, on which it runs once, in float.
     """
-    layers = {name: layer for name, layer in quantized_layers(model).items() if layer.input_quantizer is not None}
+    layers = {name: layer for name, layer in quantized_layers(model).items() if not isinstance(layer, nn.Embedding)}
     with _float_run(model, layers):
         readers = readers_of_one_tensor(layers, lambda: _forward(model, batch))
+    return tuple(tuple(names) for names in readers if len(names) > 1)
+
+
+def share_input_quantizers_(model: nn.Module, readers: Iterable[Sequence[str]]) -> None:
+    """Gives layers that read one tensor (`find_readers`) one input quantizer; before `calibrate_`."""
+    layers = quantized_layers(model)
     for first, *others in readers:
         for name in others:
             del layers[name].input_quantizer

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_geta import GETAConfig, finalize_model
 from hf_geta.checkpoint.layers import PackedLinear
 from hf_geta.cli import main
 from hf_geta.export.compressed_tensors import pack_to_words, round_inputs_to_bytes_
@@ -20,6 +21,7 @@ from hf_geta.quantization.layers import quantized_layers
 from tests.export.families import halved, make_model, prepared
 from tests.export.test_dense import load_in_a_fresh_process, logits
 from tests.quantization.random_blocks import draw_multipliers_
+from tests.quantization.test_readers import trained
 
 ROUNDED = {"activation_bits": (8, 8), "share_inputs": True}
 # family, changes of its config, of GETA's
@@ -189,3 +191,18 @@ def test_layers_of_one_product_that_round_their_input_differently_are_named(tmp_
     warned = [record.message for record in caplog.records if "share_inputs=True" in record.message]
     assert len(warned) == 1
     assert "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj" in warned[0]
+
+
+def test_widths_that_were_trained_with_shared_inputs_are_exported_as_they_are(tmp_path):
+    """Of 4 and 8 bits at one price; without sharing, the widest of each product would be taken."""
+    widths = {"weight_bits": (4, 8), "discrete_bits": True, "granularity": "channel", "pruning_periods": 2}
+    model, _ = trained(GETAConfig(target_bops=0.27, group_sparsity=0, share_inputs=True, **widths))
+    small = finalize_model(model)
+    small.save_pretrained(tmp_path / "compressed")
+    assert main(["export", str(tmp_path / "compressed"), str(tmp_path / "out"), "--format", "compressed-tensors"]) == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    stored = {name: group["weights"]["num_bits"] for group in written.values() for name in group["targets"]}
+    assert stored == {
+        name: layer.manifest.bits for name, layer in small.named_modules() if isinstance(layer, PackedLinear)
+    }
+    assert set(stored.values()) == {4, 8}

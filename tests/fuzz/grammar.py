@@ -181,7 +181,7 @@ def options(draw, has_embedding):
         options["quantize_embeddings"] = one_of(None, None, 4, 8) if has_embedding else None
         if options["activation_bits"] is not None and max(options["activation_bits"]) < 16:
             options["outlier_activation_bits"] = one_of(None, None, 16)
-        options["share_inputs"] = options["activation_bits"] is not None and one_of(False, False, True)
+        options["share_inputs"] = one_of(False, False, True)
     options["uniform"] = one_of(*[False] * 11, True)
     options["optional_axes"] = one_of((), (), (), ("query_head",), ("head_dim",), ("query_head", "head_dim"))
     return options

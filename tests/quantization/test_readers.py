@@ -1,5 +1,6 @@
-"""Layers that read the very same tensor, found by running the model, and their one input quantizer."""
+"""Layers that read the very same tensor, found by running the model: their one input quantizer, their one width."""
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -52,17 +53,38 @@ def test_a_layer_that_is_never_called_is_by_itself():
     assert found == [["used"], ["unused"], ["idle"]]
 
 
-def test_with_shared_inputs_what_reads_one_tensor_rounds_it_alike_before_and_after_training():
-    config = GETAConfig(group_sparsity=0.25, activation_bits=(4, 8), share_inputs=True, pruning_periods=2)
+def trained(config, steps=20):
     model = prepare_model(tiny_llama().train(), config, IDS)
-    optimizer = create_optimizer(model, torch.optim.AdamW(model.parameters(), lr=1e-2), 20)
-    layers = quantized_layers(model)
-    assert len({id(layer.input_quantizer) for layer in layers.values()}) == len(expected())
-    for _ in range(20):
+    optimizer = create_optimizer(model, torch.optim.AdamW(model.parameters(), lr=1e-2), steps)
+    for _ in range(steps):
         model(**IDS, labels=IDS["input_ids"]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_with_shared_inputs_what_reads_one_tensor_rounds_it_alike_before_and_after_training():
+    config = GETAConfig(group_sparsity=0.25, activation_bits=(4, 8), share_inputs=True, pruning_periods=2)
+    model, _ = trained(config)
+    assert len({id(layer.input_quantizer) for layer in quantized_layers(model).values()}) == len(expected())
     written = finalize_model(model).config.quantization_config["layers"]
     keys = ("activation_bits", "activation_step_size", "activation_signed")
     for names in expected():
         assert len({tuple(written[name][key] for key in keys) for name in names}) == 1
+
+
+@pytest.mark.parametrize("activation_bits", [None, (8, 8)])
+@pytest.mark.parametrize("target", [{"target_bops": 0.16}, {"target_size": "12KB"}])
+def test_with_shared_inputs_a_budget_gives_what_reads_one_tensor_one_width(target, activation_bits):
+    """Without, it gives several; either way the budget is met, and no width can be raised without leaving it."""
+    widths = {"weight_bits": (2, 8), "activation_bits": activation_bits, "pruning_periods": 2}
+    if "target_bops" in target and activation_bits is not None:
+        target = {"target_bops": 0.115}  # the head of the model, in float, is most of it
+    differ = []
+    for share_inputs in (False, True):
+        model, optimizer = trained(GETAConfig(**target, **widths, share_inputs=share_inputs))
+        assert -0.05 < optimizer.targets.gap(optimizer.removed) <= 1e-6
+        layers = finalize_model(model).config.quantization_config["layers"]
+        differ.append([len({layers[name]["bits"] for name in names}) > 1 for names in expected()])
+    assert any(differ[0])
+    assert not any(differ[1])

@@ -1,11 +1,15 @@
 """A save happens whole or not at all."""
 
 import os
+import shutil
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from hf_geta.checkpoint.directory import replace_files
+from hf_geta.checkpoint.directory import check_writable, replace_files
+from tests.forked import run_in_a_child
 
 
 def write_files(**contents):
@@ -55,6 +59,32 @@ def test_a_folder_that_exists_needs_nothing_of_its_parent(tmp_path):
     replace_files(out, write)
     assert places == [tmp_path, out]
     assert [path.name for path in out.iterdir()] == ["x"]
+
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def read_only():
+    """A folder with a save, which nobody may write; below no folder that is private."""
+    out = Path(tempfile.mkdtemp())
+    replace_files(out, write_files(config__json="old", model__safetensors="old"))
+    out.chmod(0o555)
+    yield out
+    shutil.rmtree(out)
+
+
+def test_a_folder_that_turned_read_only_keeps_the_earlier_save_and_is_refused_before_a_run(read_only):
+    def save():
+        if os.getuid() == 0:  # who may write anywhere
+            os.setuid(NOBODY)
+        with pytest.raises(PermissionError):
+            replace_files(read_only, write_files(config__json="new", model__safetensors="new"))
+        with pytest.raises(ValueError, match=r"cannot be written .*choose another folder"):
+            check_writable(str(read_only))
+
+    run_in_a_child(save)
+    assert contents(read_only) == {"config.json": "old", "model.safetensors": "old"}
 
 
 def test_what_counts_as_an_earlier_save_is_the_callers_to_say(tmp_path):

@@ -3,6 +3,7 @@
 The folders `language`, `texts` and `images` in FOLDER were written by `test_loading.py`, with the logits that are due.
 """
 
+import filecmp
 import logging
 import sys
 import warnings
@@ -18,8 +19,13 @@ from transformers import (
     pipeline,
 )
 
-import hf_geta  # noqa: F401  all that it takes
+import hf_geta  # all that it takes
 
+KINDS = {
+    "language": AutoModelForCausalLM,
+    "texts": AutoModelForSequenceClassification,
+    "images": AutoModelForImageClassification,
+}
 GENERATE = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -62,6 +68,35 @@ def use_classifiers(folder):
     assert torch.isfinite(AutoModel.from_pretrained(folder / "texts")(ids).last_hidden_state).all()
 
 
+def use_in_every_way(model_class, folder, scratch):
+    """What holds of any kind of model; its float form trains, with and without another compression."""
+    inputs, expected = torch.load(folder / "due.pt")
+    model = model_class.from_pretrained(folder)
+    model.save_pretrained(scratch / "again")
+    names = [path.name for path in (scratch / "again").iterdir()]
+    assert filecmp.cmpfiles(folder, scratch / "again", names, shallow=False) == (names, [], [])
+    model.save_pretrained(scratch / "shards", max_shard_size="4KB")
+    assert len(list((scratch / "shards").glob("*.safetensors"))) > 1
+    with torch.no_grad():
+        assert torch.equal(model_class.from_pretrained(scratch / "shards")(inputs).logits, expected)
+        for attention in ("sdpa", "eager"):
+            logits = model_class.from_pretrained(folder, attn_implementation=attention)(inputs).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # sums in another order
+        half = model_class.from_pretrained(folder, dtype=torch.bfloat16)
+        logits = half(inputs if inputs.dtype == torch.int64 else inputs.bfloat16()).logits
+        assert (logits.float() - expected).norm() < 0.1 * expected.norm()  # 8 bits of mantissa
+    empty = model_class.from_pretrained(folder, device_map="meta")
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    floats = model.dequantize()
+    optimizer = torch.optim.SGD(floats.parameters(), lr=0.1)
+    floats(inputs).logits.square().mean().backward()
+    optimizer.step()
+    again = hf_geta.prepare_model(floats, hf_geta.GETAConfig(group_sparsity=0.2), {floats.main_input_name: inputs})
+    again(inputs).logits.square().mean().backward()
+    hf_geta.finalize_model(again).save_pretrained(scratch / "twice")
+    assert torch.isfinite(model_class.from_pretrained(scratch / "twice")(inputs).logits).all()
+
+
 def main(folder):
     warned = []
     handler = logging.Handler(logging.WARNING)
@@ -70,6 +105,8 @@ def main(folder):
     warnings.simplefilter("error", UserWarning)
     use_language_model(folder / "language")
     use_classifiers(folder)
+    for name, model_class in KINDS.items():
+        use_in_every_way(model_class, folder / name, folder / "scratch" / name)
     assert not warned, warned
 
 

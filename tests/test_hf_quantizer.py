@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -482,6 +483,15 @@ def test_without_hf_geta_a_fresh_process_is_told_what_to_install_and_gets_no_mod
     assert done.returncode != 0
     assert "ValueError" in done.stderr
     assert done.stderr.rstrip().endswith(HINT)
+
+
+def test_a_hint_in_the_words_of_another_release_is_taken_away_as_well(checkpoints, tmp_path):
+    shutil.copytree(checkpoints / "packed", tmp_path, dirs_exist_ok=True)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"transformers_weights": "install what comes after it"}))
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_bytes() == (checkpoints / "packed/config.json").read_bytes()
 
 
 def test_the_hint_is_of_compressed_models_alone_and_of_each_of_their_saves(checkpoints, tmp_path):

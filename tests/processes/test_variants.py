@@ -4,12 +4,14 @@ Real launches of `run_variants.py`, compared with runs of a single process, whic
 """
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForImageClassification
 
 import hf_geta  # noqa: F401  # or transformers cannot load what the runs saved
@@ -18,6 +20,7 @@ from tests.processes import run_variants
 
 PROGRAM = Path(run_variants.__file__)
 DDP_CONFIG = PROGRAM.parents[2] / "configs" / "accelerate" / "cpu_2_processes.yaml"
+NODES_CONFIG = DDP_CONFIG.with_name("multi_node.yaml")
 ACCELERATE = ("accelerate.commands.launch", "--config_file", DDP_CONFIG)
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "4")
 CHECKPOINT = f"checkpoint-{run_variants.RESUMED_STEP}"
@@ -71,6 +74,23 @@ def test_several_processes_end_as_one_with_the_same_global_batch(ended, processe
     results, _ = ended
     check_same(results[processes, name], results[1, name])
     assert len(results[1, name]["groups"]) == run_variants.PERIODS
+
+
+def test_two_nodes_end_as_one_process(ended, tmp_path):
+    """Two launchers, each with a process of its own, which find each other at an address."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    changes = {"use_cpu": True, "num_processes": 2, "mixed_precision": "no", "main_process_port": port}
+    settings = yaml.safe_load(NODES_CONFIG.read_text()) | changes | {"main_process_ip": "127.0.0.1"}
+    (tmp_path / "nodes.yaml").write_text(yaml.safe_dump(settings))
+    start = [sys.executable, "-m", ACCELERATE[0], "--config_file", tmp_path / "nodes.yaml", "--machine_rank"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nodes = [subprocess.Popen([*start, str(rank), PROGRAM, tmp_path, "share"], env=environment) for rank in (0, 1)]
+    assert [node.wait(timeout=600) for node in nodes] == [0, 0]
+    result = torch.load(tmp_path / "share.pt", weights_only=False)
+    assert result["processes"] == 2
+    check_same(result, ended[0][1, "share"])
 
 
 @pytest.mark.parametrize("name", ["nan", "overflow"])

@@ -23,7 +23,8 @@ HINT = "this model is compressed by hf_geta: pip install hf-geta, and `import hf
 
 def take_hint_(config: PreTrainedConfig) -> None:
     """Let transformers look for the weights by their ordinary names; another release's hint may have other words."""
-    if not (getattr(config, KEY, None) or ".json").endswith((".safetensors", ".json")):
+    named = getattr(config, KEY, None)
+    if named and not named.endswith((".safetensors", ".safetensors.index.json")):
         delattr(config, KEY)
 
 

@@ -182,7 +182,7 @@ def make_layers_of_experts_(model: nn.Module, config: GETAConfig) -> None:
 def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inputs]) -> tuple[tuple[str, ...], ...]:
     """Set the quantizers; with `share_inputs`, the layers that read one tensor."""
     try:
-        readers = find_readers(model, batches[0]) if config.share_inputs else ()
+        readers = agreed_object(find_readers(model, batches[0])) if config.share_inputs else ()
         if config.activation_bits is not None:
             share_input_quantizers_(model, readers)
         calibrate_(model, batches, config.initial_bits)

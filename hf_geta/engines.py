@@ -38,10 +38,10 @@ def refuse_unsupported(trainer: Any) -> None:
         )
     if trainer.in_pieces:
         _refuse_in_pieces(trainer)
-    if trainer.args.auto_find_batch_size and trainer.args.world_size > 1:
+    if trainer.args.auto_find_batch_size and (trainer.in_pieces or trainer.args.world_size > 1):
         raise ValueError(
-            "auto_find_batch_size lets the process whose memory is full begin anew, while the "
-            f"{trainer.args.world_size - 1} others wait for it in the old run: write a batch size that fits."
+            "auto_find_batch_size lets the process whose memory is full begin anew, while the others wait for it in "
+            "the old run; and a model in pieces does not begin anew: write a batch size that fits."
         )
     if is_distributed() and dist.get_world_size() != trainer.args.world_size:
         raise ValueError(
@@ -76,10 +76,6 @@ def _refuse_in_pieces(trainer: Any) -> None:
             "leave it out under FSDP2",
         ),
         "fp16": (trainer.args.fp16, "its gradient scaler takes no whole tensors beside pieces: write bf16=True"),
-        "auto_find_batch_size": (
-            trainer.args.auto_find_batch_size,
-            "what is in pieces does not begin anew: write a batch size that fits",
-        ),
     }
     for name, (is_asked_for, reason) in refused.items():
         if is_asked_for:

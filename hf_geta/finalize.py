@@ -19,7 +19,7 @@ from hf_geta.graph.tracing import named_tensors
 from hf_geta.measure import compression_report
 from hf_geta.optim.finite import refuse_not_finite
 from hf_geta.optim.quantizers import NumberedQuantizers
-from hf_geta.optim.widths import WidthTable, nearest_allowed, tie_
+from hf_geta.optim.widths import WidthTable
 from hf_geta.preparation import forget_preparation_, preparation_of
 from hf_geta.quantization.layers import quantized_layers
 from hf_geta.report.publish import publish_with_card_
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def finalize_model(model: PreTrainedModel, here: bool = True) -> PreTrainedModel:
+def finalize_model(model: PreTrainedModel, is_main_process: bool = True) -> PreTrainedModel:
     """The small model: removed groups cut out, weights as packed integer codes; `model` is left alone.
 
     A run with `weight_bits=None` ends in an ordinary float model of fewer groups.
@@ -38,8 +38,8 @@ def finalize_model(model: PreTrainedModel, here: bool = True) -> PreTrainedModel
     cool-down go to the nearest allowed ones.
 
     Args:
-        here: whether this process wants the small model. Of a model in pieces every process makes the call; those that
-            do not save it write `here=False`, hold one whole weight at a time, and get it on the meta device.
+        is_main_process: whether this process will save the small model. Of a model in pieces every process makes the
+            call; those that write False hold one whole weight at a time, and get it on the meta device.
 
     Returns:
         A copy with physically smaller, packed layers and the manifest in its config; `save_pretrained` it and load
@@ -59,9 +59,22 @@ def finalize_model(model: PreTrainedModel, here: bool = True) -> PreTrainedModel
         if have_moved:
             logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
         in_pieces = Shards(model.parameters()).are_several
-        small = _cut_in_pieces(model, removed, here) if in_pieces else _cut(model, removed)
+        small = _cut_in_pieces(model, removed, is_main_process) if in_pieces else _cut(model, removed)
+    _forget_autocast_(small)
     publish_with_card_(small, compression_report(model))
-    return small if here else small.to("meta")
+    return small if is_main_process else small.to("meta")
+
+
+def _forget_autocast_(small: nn.Module) -> None:
+    """Take off the forward that accelerate gives a model for bf16 and fp16: the copy is to compute what its files do.
+
+    accelerate's own `unwrap_model` would take transformers' decorators off as well.
+    """
+    original = vars(small).pop("_original_forward", None)
+    if original is not None:
+        del small.forward
+        if getattr(original, "__func__", None) is not type(small).forward:  # another's, from before
+            small.forward = original
 
 
 def _cut(model: PreTrainedModel, removed: Removed) -> Any:
@@ -110,13 +123,10 @@ def rounded_widths(model: nn.Module) -> Iterator[bool]:
 @torch.no_grad()
 def _round_widths_(model: nn.Module) -> bool:
     """Whole, allowed widths and blocks that can be packed, as they are after a cool-down; whether a width has moved."""
-    config = preparation_of(model).config
-    numbered = NumberedQuantizers.of(quantized_layers(model), preparation_of(model).readers)
+    preparation = preparation_of(model)
+    numbered = NumberedQuantizers.of(quantized_layers(model), preparation.readers)
     table = WidthTable(numbered.quantizers)
-    bits = table.bits()
-    allowed = [config.allowed_bits(quantizer.widths) for quantizer in table.quantizers]
-    final = torch.stack([nearest_allowed(width, widths) for width, widths in zip(bits, allowed, strict=True)])
-    tie_(final, numbered.ties)
+    bits, final = table.bits(), numbered.nearest_bits(preparation.config)
     kept = _kept_inputs(model)
     for quantizer, weight, width in zip(table.quantizers, numbered.weights, final.tolist(), strict=True):
         if quantizer.blocks is None or weight is None or quantizer.blocks.can_be_packed(width, kept.get(weight)):

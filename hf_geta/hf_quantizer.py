@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,13 @@ from hf_geta.checkpoint.manifest import (
 )
 from hf_geta.checkpoint.names import packed_tensors, save_as_they_are_, without_conversions_of
 from hf_geta.checkpoint.prune import resize_, set_attributes_
-from hf_geta.checkpoint.saving import save_compressed_, take_hint_
+from hf_geta.checkpoint.saving import forget_saving_, save_compressed_, take_hint_
 from hf_geta.checkpoint.swap import replace_with_packed_
 
 logger = logging.getLogger(__name__)
+
+# Where a file of a repository lies in the Hub's cache.
+SNAPSHOT = re.compile(r"/snapshots/(?P<commit>[0-9a-f]{40})/(?P<name>.+)")
 
 
 class GETAQuantizationConfig(QuantizationConfigMixin):
@@ -89,7 +92,9 @@ class GETAHfQuantizer(HfQuantizer):
     update_tp_plan = update_attn_implementation  # transformers 5.17 asks for that one instead
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        _refuse_files(kwargs.get("checkpoint_files") or (), str(model.config.name_or_path))
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        self._source, self._commit = _where(str(model.config.name_or_path), files)
+        _refuse_files(files, self._source)
         split_packed_experts_(self.quantization_config.manifest, model)
         manifest = fit_manifest(self.quantization_config.manifest, model)
         weights = {f"{name}.weight": layer.shape for name, layer in manifest.layers.items()}
@@ -128,22 +133,18 @@ class GETAHfQuantizer(HfQuantizer):
         else:  # saved again, it speaks of this class of model, with or without the head
             self.quantization_config.manifest = in_file_names(self._manifest, model)
             save_compressed_(model)
-            model._upload_modified_files = functools.partial(_publish_again, model)  # type: ignore[method-assign]
             set_backend_(model, self.quantization_config.backend)
+        if not self.quantization_config.dequantize:
+            publish = functools.partial(_publish_again, model, self._source, self._commit)
+            model._upload_modified_files = publish  # type: ignore[method-assign]
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """What `model.dequantize()` does: an ordinary float model, at most pruned; in `dtype` if one is given."""
         dequantize_(model)
         model.is_quantized = False  # type: ignore[assignment]
-        own = (
-            "hf_quantizer",
-            "quantization_method",
-            "_weight_conversions",
-            "save_pretrained",
-            "_upload_modified_files",
-        )
-        for name in own:
+        for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
             vars(model).pop(name, None)
+        forget_saving_(model)
         for part in _parts(model):
             vars(part.config).pop("_is_quantized", None)
             vars(part.config).pop("quantization_config", None)
@@ -172,22 +173,34 @@ class GETAHfQuantizer(HfQuantizer):
         return False
 
 
-def _publish_again(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
+def _publish_again(model: PreTrainedModel, source: str, commit: str | None, *args: Any, **options: Any) -> Any:
     from hf_geta.report.publish import publish_again  # who only loads a model needs no card
 
-    config = model.config
-    return publish_again(model, str(config._name_or_path), getattr(config, "_commit_hash", None), *args, **options)
+    return publish_again(model, source, commit, *args, **options)
 
 
-def _refuse_files(files: Iterable[Any], source: str) -> None:
+def _where(source: str, files: Sequence[Path]) -> tuple[str, str | None]:
+    """The folder or repository that a model is loaded from, wherever the program goes meanwhile, and the commit."""
+    if Path(source).is_dir():
+        return str(Path(source).absolute()), None
+    found = SNAPSHOT.search(str(files[0])) if files else None
+    return source, found["commit"] if found else None
+
+
+def _refuse_files(files: Iterable[Path], source: str) -> None:
     """Pickles, which transformers would read with `torch.load`, and what an index names outside of its own folder.
 
-    Args:
-        source: the folder, or the repository, whose snapshot holds links to files elsewhere: names are compared alone.
+    Names are compared alone: the files of a snapshot are links to others.
     """
     for file in files:
-        is_outside = Path(source).is_dir() and not Path(file).is_relative_to(source)
-        if is_outside or ".." in Path(file).parts[len(Path(source).parts) :]:
+        if Path(source).is_dir():
+            name = file.absolute().relative_to(source) if file.absolute().is_relative_to(source) else None
+        else:
+            found = SNAPSHOT.search(str(file))
+            name = (
+                Path(found["name"]) if found else Path(file.name)
+            )  # no cache of the Hub: nothing is known of its home
+        if name is None or ".." in name.parts:
             raise ValueError(f"{file} is not in {source}, whose index names it: get the model from whom you trust.")
         if not str(file).endswith(".safetensors"):
             raise ValueError(

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from hf_geta import __version__
 from hf_geta.checkpoint.layers import PackedLayer
-from hf_geta.config import WIDTHS
 from hf_geta.graph.qadg import QADG
 from hf_geta.graph.tracing import float_tensors
-from hf_geta.optim.widths import nearest_allowed
+from hf_geta.optim.quantizers import NumberedQuantizers
+from hf_geta.optim.widths import WidthTable
 from hf_geta.preparation import preparation_of, prunable_parameters
 from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
@@ -37,9 +37,11 @@ def measure_compression(model: nn.Module, finalized: bool = False) -> Cost:
     Raises:
         ValueError: if `model` is not prepared.
     """
-    config, qadg = preparation_of(model).config, preparation_of(model).qadg
-    allowed = {name: config.allowed_bits(name) if finalized else None for name in WIDTHS}
-    return cost_at(model, qadg.zero_groups(model), lambda quantizer: _bits(quantizer, allowed))
+    preparation = preparation_of(model)
+    numbered = NumberedQuantizers.of(quantized_layers(model), preparation.readers)
+    bits = numbered.nearest_bits(preparation.config) if finalized else WidthTable(numbered.quantizers).bits()
+    bits_of = dict(zip(numbered.quantizers, bits.tolist(), strict=True))
+    return cost_at(model, preparation.qadg.zero_groups(model), lambda quantizer: round(bits_of[quantizer], 4))
 
 
 def cost_at(model: nn.Module, removed: Mapping[str, Sequence[int]], bits_of: Callable[[Quantizer], float]) -> Cost:
@@ -65,11 +67,6 @@ def cost_at(model: nn.Module, removed: Mapping[str, Sequence[int]], bits_of: Cal
         {axis.name: axis.size for axis in qadg.axes},
         {axis.name: axis.size - len(removed.get(axis.name, ())) for axis in qadg.axes},
     )
-
-
-def _bits(quantizer: Quantizer, allowed: Mapping[str, Sequence[int] | None]) -> float:
-    """The width; with a set, the one that `_round_widths_` makes of it."""
-    return round(float(nearest_allowed(quantizer.bits, allowed[quantizer.widths])), 4)
 
 
 def _kept_numel(

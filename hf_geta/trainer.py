@@ -233,11 +233,11 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def finalize(self, here: bool = True) -> PreTrainedModel:
+    def finalize(self, is_main_process: bool = True) -> PreTrainedModel:
         """The small model, checked: on a calibration batch it computes what the masked model computes.
 
         Its `push_to_hub` publishes it with processor, report and card. Of a model in pieces (FSDP2) every process calls
-        it, and gets the same, or with `here=False` a model on the meta device, for one that does not want it.
+        it, and gets the same; one that will not save it writes `is_main_process=False`, and gets it on the meta device.
 
         A run that ended before its targets held (stopped early, or with steps that a gradient scaler skipped) is
         finalized as it is, with a warning.
@@ -249,12 +249,8 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         if not is_prepared(self.model):
             raise ValueError("nothing is compressed yet: call train() first, with a geta_config.")
         self._warn_of_an_early_end()
-        small = finalize_model(self.model, here)
-        self._check_pruning(small, here)
-        # accelerate's forward for bf16 and fp16 came with the copy, which is to compute what its files do;
-        # `unwrap_model` would take transformers' own decorators off as well
-        if vars(small).pop("_original_forward", None) is not None:
-            vars(small).pop("forward")
+        small = finalize_model(self.model, is_main_process)
+        self._check_pruning(small, is_main_process)
         publish_with_card_(small, self._report(), self._processor)
         return small
 
@@ -280,9 +276,10 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         with preserved_rng():
             inputs = self._calibration_batches(1)[0]
         set_backend_(small, "reference")  # it is the graph that is checked, not a kernel's rounding or the inputs'
-        with rounded_widths(self.model), float_inputs(self.model), float_inputs(small):
+        in_float, precision = (float_inputs(self.model), float_inputs(small)), self.accelerator.autocast()
+        with rounded_widths(self.model), in_float[0], in_float[1], precision:  # in which the masked model computes
             difference = output_difference(self.model, small if here else None, inputs)
-        if self.in_pieces:  # each has looked at a batch of its own
+        if self.in_pieces:  # each has looked at a batch of its own, or at none
             reshard_(self.model)
             each = self.accelerator.gather(torch.tensor([difference], device=self.args.device))
             difference = float(each.max())
@@ -294,7 +291,7 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
             )
 
     def _save_compressed(self, directory: Path) -> None:
-        small, report = self.finalize(here=bool(self.args.should_save)), self._report()
+        small, report = self.finalize(is_main_process=bool(self.args.should_save)), self._report()
         if not self.args.should_save:  # it has added its pieces
             return
         self._finish_current_push()  # which reads the files that are replaced now

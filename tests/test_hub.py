@@ -235,7 +235,7 @@ def test_a_loaded_model_publishes_itself_with_what_lay_beside_it(run, hub, tmp_p
     trainer, folder = run
     trainer.save_model()
     card = folder / "README.md"
-    card.write_text(f"{card.read_text()}\nWritten by hand.\n")
+    card.write_text(card.read_text().replace("---\n", "---\nthumbnail: mine.png\n", 1) + "\nWritten by hand.\n")
     loaded = AutoModelForImageClassification.from_pretrained(folder)
     loaded.push_to_hub("me/again", token=TOKEN)
     loaded.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="me/again", token=TOKEN)
@@ -246,6 +246,8 @@ def test_a_loaded_model_publishes_itself_with_what_lay_beside_it(run, hub, tmp_p
         card = ModelCard(files["README.md"].decode())
         assert "Written by hand." in card.text
         assert 'from_pretrained("me/again")' in card.text
+        assert card.data.to_dict()["thumbnail"] == "mine.png"
+        assert "thumbnail" not in card.text  # the metadata of the source is metadata
         assert_no_token(*files.values())
 
 
@@ -275,7 +277,9 @@ def small_model(config):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     model = ViTForImageClassification(ViTConfig(**sizes, image_size=28, patch_size=14, num_channels=1, num_labels=10))
     inputs = {"pixel_values": torch.stack([item["pixel_values"] for item in digits()[:2]])}
-    return finalize_model(prepare_model(model.eval(), config, inputs))
+    prepare_model(model.eval(), config, inputs)
+    model.geta.qadg.zero_(model, {"vit.layers.0.mlp.hidden": [3]})
+    return finalize_model(model)
 
 
 @pytest.mark.parametrize("config", [GETAConfig(), GETAConfig(weight_bits=None)])

@@ -33,8 +33,8 @@ def replace_files(directory: Path, write: Callable[[Path], None], owned: str = W
     A new directory appears whole or not at all. In one that exists, each file is replaced whole, one right after the
     other, `owned` files of an earlier save that the new one does not have are removed, and other files (checkpoints of
     the run) stay. If `write` raises, or the disk is full, `directory` is as it was. config.json goes first and comes
-    last: a process killed between two renames leaves a folder that nothing loads, not one that mixes two saves; the
-    files that it had yet to move lie in it under `.NAME.*.partial`.
+    last: a process that ends between two renames leaves a folder that `from_pretrained` does not load, not one that
+    mixes two saves; the files that it had yet to move lie in it under `.NAME.*.partial`.
 
     Args:
         owned: a pattern of names: of all files that such a save writes, or any other form of the same.
@@ -48,9 +48,6 @@ def replace_files(directory: Path, write: Callable[[Path], None], owned: str = W
     # inside of one that exists: it may be a mount, or its parent not ours to write
     place = directory.parent if is_new else directory
     prefix = f".{directory.name}."
-    if not is_new:
-        for left in directory.glob(f"{prefix}*{PARTIAL}"):  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=prefix, suffix=PARTIAL, dir=place))
     try:
         write(partial)
@@ -58,22 +55,30 @@ def replace_files(directory: Path, write: Callable[[Path], None], owned: str = W
             _copy_mode(directory.parent, partial)
             partial.rename(directory)
             return
-        written = {path.name for path in partial.iterdir()}
-        if CONFIG in written:
-            (directory / CONFIG).unlink(missing_ok=True)
-        for name in sorted(written - {CONFIG}):
-            _move(partial / name, directory / name)
-        for stale in directory.glob(owned):
-            if stale.name not in written:
-                stale.unlink()
-        if CONFIG in written:
-            _move(partial / CONFIG, directory / CONFIG)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _move_all(partial, directory, owned)
+    for left in directory.glob(f"{prefix}*{PARTIAL}"):  # this one, and those of processes that were killed
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _move_all(partial: Path, directory: Path, owned: str) -> None:
+    """What is in `partial` into its place; what was not moved, if this is cut short, stays there."""
+    written = {path.name for path in partial.iterdir()}
+    if CONFIG in written:
+        (directory / CONFIG).unlink(missing_ok=True)
+    for name in sorted(written - {CONFIG}):
+        _move(partial / name, directory / name)
+    for stale in directory.glob(owned):
+        if stale.name not in written:
+            stale.unlink()
+    if CONFIG in written:
+        _move(partial / CONFIG, directory / CONFIG)
 
 
 def _move(source: Path, target: Path) -> None:
-    if target.is_dir():
+    if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
     os.replace(source, target)
 

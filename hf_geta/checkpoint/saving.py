@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_geta.checkpoint.directory import replace_text
+from hf_geta.checkpoint.directory import CONFIG, replace_text
 from hf_geta.checkpoint.manifest_checks import QUANT_METHOD
 
 KEY = "transformers_weights"
@@ -30,7 +30,7 @@ def take_hint_(config: PreTrainedConfig) -> None:
 
 def write_hint(folder: Path) -> None:
     """Leave the hint in config.json, where that is of a compressed model; else nothing changes."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.is_file():  # another process writes it
         return
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -48,14 +48,18 @@ def save_compressed_(model: PreTrainedModel) -> None:
     model._upload_modified_files = functools.partial(_upload_modified_files, model)  # type: ignore[method-assign]
 
 
-def _save_pretrained(
-    model: PreTrainedModel, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
-) -> None:
+def forget_saving_(model: PreTrainedModel) -> None:
+    """Take back what `save_compressed_` has done, and who set other ways to save since."""
+    for name in ("save_pretrained", "_upload_modified_files"):
+        vars(model).pop(name, None)
+
+
+def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
     for name in model.config.sub_configs:
         if (inner := getattr(model.config, name, None)) is not None:
             inner.dtype = model.dtype
-    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
-    if is_main_process:
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if args[0] if args else kwargs.get("is_main_process", True):
         write_hint(Path(save_directory))
 
 

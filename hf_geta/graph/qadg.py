@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_geta.checkpoint.manifest import read_manifest, write_manifest_
+from hf_geta.checkpoint.manifest import Manifest, read_manifest, write_manifest_
 from hf_geta.checkpoint.names import save_as_they_are_
 from hf_geta.checkpoint.prune import set_attributes_, slice_
 from hf_geta.graph.integers import Attribute, Equation, substitute
@@ -293,7 +293,9 @@ def _describe_(small: nn.Module, before: Mapping[str, Sequence[int]], attributes
         if name not in ignored and tensor.shape != before[name]
     }
     shapes, values = {**manifest.shapes, **changed}, {**manifest.attributes, **attributes}
-    write_manifest_(small, replace(manifest, shapes=shapes, attributes=values))
+    described = replace(manifest, shapes=shapes, attributes=values)
+    if described != Manifest():  # else it is what its config builds
+        write_manifest_(small, described)
     save_as_they_are_(small, shapes)
 
 

@@ -44,8 +44,8 @@ class Pricing:
         space: the pruning groups.
         widths: all quantizers.
         allowed_bits: per quantizer the widths that it may end with, ascending.
+        width_sets: quantizers that have one width at every decision.
         budget: the cost model and C*.
-        ties: quantizers that have one width at every decision, in sets.
 
     Attributes:
         scores: (num_groups,) <x, g>^2, summed over steps; a decision halves it.
@@ -68,13 +68,13 @@ class Pricing:
         space: PruningSpace,
         widths: WidthTable,
         allowed_bits: Sequence[Sequence[int]],
+        width_sets: Sequence[Sequence[int]],
         budget: Budget,
-        ties: Sequence[Sequence[int]],
     ) -> None:
         self.config, self.space, self.widths, self.allowed_bits = config, space, widths, allowed_bits
         self.budget = budget
         self.first_of = list(range(len(allowed_bits)))  # quantizer -> the one that decides for it
-        for rows in ties:
+        for rows in width_sets:
             for row in rows:
                 self.first_of[row] = rows[0]
         share = 1.0 if config.group_sparsity is None else config.group_sparsity
@@ -181,21 +181,25 @@ class Pricing:
             most_removed=most_removed,
         )
         if "joint_rule" not in self.config.without or most_removed == sum(choices.removed):
-            return self._tied(budget, choices, rises, noise)
+            return self._allocate_in_sets(budget, choices, rises, noise)
         half = dataclasses.replace(budget, target=(self.start * budget.target) ** 0.5)
         at_full_width = dataclasses.replace(choices, widths=[bits[-1:] for bits in self.allowed_bits])
-        groups = self._tied(half, at_full_width, rises, noise).groups
+        groups = self._allocate_in_sets(half, at_full_width, rises, noise).groups
         gone = removed.clone()
         gone[list(groups)] = True
         counts = [int(flags.sum()) for flags in gone.split(self.space.axis_sizes)]
         structure = dataclasses.replace(choices, removed=counts, blocks=[()] * len(self.families))
-        found = dataclasses.replace(self._tied(budget, structure, rises, noise), groups=groups)
+        found = dataclasses.replace(self._allocate_in_sets(budget, structure, rises, noise), groups=groups)
         if found.cost <= budget.target:
             return found
-        return self._tied(budget, choices, rises, noise)  # its half was not enough: a common price after all
+        return self._allocate_in_sets(
+            budget, choices, rises, noise
+        )  # its half was not enough: a common price after all
 
-    def _tied(self, budget: Budget, choices: Choices, rises: Sequence[float], noise: Sequence[float]) -> Allocation:
-        """`allocate`, in which tied quantizers are one: a move lowers all their widths, and what it costs adds up."""
+    def _allocate_in_sets(
+        self, budget: Budget, choices: Choices, rises: Sequence[float], noise: Sequence[float]
+    ) -> Allocation:
+        """`allocate`, in which a set is one quantizer: a move lowers all its widths, and what it costs adds up."""
         deciding = sorted(set(self.first_of))
         number = {row: position for position, row in enumerate(deciding)}
         column = [number[first] for first in self.first_of]

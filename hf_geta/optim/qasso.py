@@ -69,7 +69,7 @@ class QASSO(OptimizerWrapper):
     ) -> None:
         self.config, self.budget = config, budget
         self.space = space
-        self.weights, self.ties = numbered.weights, numbered.ties
+        self.weights, self.width_sets = numbered.weights, numbered.width_sets
         # one row per parameter of the space, -1 without a quantizer
         self.quantizer_rows = [numbered.weight_rows.get(name, -1) for name in space.parameter_names]
         _separate_quantizer_parameters_(base, numbered.quantizers, config.quantizer_learning_rate)
@@ -103,10 +103,11 @@ class QASSO(OptimizerWrapper):
         self.redundant = torch.zeros_like(self.removed)  # being forgotten in the present period
         self.final_bits: Tensor | None = None
         self.targets: Share | Pricing
+        widths = self.widths, self.allowed_bits, self.width_sets
         if self.budget is None:
-            self.targets = Share(self.config, self.schedule, self.space, self.widths, self.allowed_bits, self.ties)
+            self.targets = Share(self.config, self.schedule, self.space, *widths)
         else:
-            self.targets = Pricing(self.config, self.space, self.widths, self.allowed_bits, self.budget, self.ties)
+            self.targets = Pricing(self.config, self.space, *widths, self.budget)
         self._cache_index_sets()
 
     @property

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
+from hf_geta.config import GETAConfig
+from hf_geta.optim.widths import WidthTable, equalize_, nearest_allowed
 from hf_geta.quantization.layers import QuantizedLayer
 from hf_geta.quantization.quantizers import Quantizer
 
@@ -19,14 +21,14 @@ class NumberedQuantizers:
         quantizers: row -> quantizer.
         weights: row -> the weight that it rounds; None for an input.
         weight_rows, input_rows: name of a layer's weight -> row of the quantizer of that weight, of the layer's input.
-        ties: rows of weights that end with one width, in sets of two and more.
+        width_sets: rows of weights that end with one width, in sets of two and more.
     """
 
     quantizers: list[Quantizer]
     weights: list[Tensor | None]
     weight_rows: dict[str, int]
     input_rows: dict[str, int]
-    ties: list[list[int]]
+    width_sets: list[list[int]]
 
     @classmethod
     def of(cls, layers: Mapping[str, QuantizedLayer], readers: Iterable[Sequence[str]] = ()) -> NumberedQuantizers:
@@ -43,14 +45,21 @@ class NumberedQuantizers:
         quantizers = list({id(q): q for q in (*of_weights.values(), *of_inputs.values())}.values())
         row_of = {id(quantizer): row for row, quantizer in enumerate(quantizers)}
         weight_of = {row_of[id(layer.weight_quantizer)]: layer.weight for layer in layers.values()}
-        ties: dict[tuple[int, str], set[int]] = {}
+        width_sets: dict[tuple[int, str], set[int]] = {}
         for number, name in ((number, name) for number, names in enumerate(readers) for name in names):
             quantizer = layers[name].weight_quantizer
-            ties.setdefault((number, quantizer.widths), set()).add(row_of[id(quantizer)])
+            width_sets.setdefault((number, quantizer.widths), set()).add(row_of[id(quantizer)])
         return cls(
             quantizers,
             [weight_of.get(row) for row in range(len(quantizers))],
             {name: row_of[id(quantizer)] for name, quantizer in of_weights.items()},
             {name: row_of[id(quantizer)] for name, quantizer in of_inputs.items()},
-            [sorted(rows) for rows in ties.values() if len(rows) > 1],
+            [sorted(rows) for rows in width_sets.values() if len(rows) > 1],
         )
+
+    def nearest_bits(self, config: GETAConfig) -> Tensor:
+        """The allowed width nearest to each quantizer's own, (quantizers,); in a set the widest of them."""
+        bits = WidthTable(self.quantizers).bits()
+        for row, quantizer in enumerate(self.quantizers):
+            bits[row] = nearest_allowed(bits[row], config.allowed_bits(quantizer.widths))
+        return equalize_(bits, self.width_sets)

@@ -17,7 +17,7 @@ from hf_geta.optim.choice import choose_least_salient, nearest_reachable
 from hf_geta.optim.lockstep import choose_in_lockstep, nearest_in_lockstep
 from hf_geta.optim.schedule import Schedule
 from hf_geta.optim.space import PruningSpace
-from hf_geta.optim.widths import WidthTable, nearest_allowed, tie_
+from hf_geta.optim.widths import WidthTable, equalize_, nearest_allowed
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Share:
         space: the pruning groups.
         widths: all quantizers.
         allowed_bits: per quantizer the widths that it may end with, ascending.
-        ties: quantizers that end with one width, in sets.
+        width_sets: quantizers that end with one width.
 
     Attributes:
         scores: (kinds, num_groups) saliency, summed over steps; a decision leaves `memory` of it to the next one.
@@ -51,10 +51,10 @@ class Share:
         space: PruningSpace,
         widths: WidthTable,
         allowed_bits: Sequence[Sequence[int]],
-        ties: Sequence[Sequence[int]],
+        width_sets: Sequence[Sequence[int]],
     ) -> None:
         self.config, self.schedule = config, schedule
-        self.space, self.widths, self.allowed_bits, self.ties = space, widths, allowed_bits, ties
+        self.space, self.widths, self.allowed_bits, self.width_sets = space, widths, allowed_bits, width_sets
         self.groups_to_remove = _groups_to_remove(config, space)
         self.observed = saliency.observed_kinds(config.saliency)
         self.scores = torch.zeros(len(self.observed), space.num_groups, device=widths.signed.device)
@@ -90,11 +90,11 @@ class Share:
         return saliency.mix(scores, weights, self.kind_sizes)
 
     def final_bits(self, removed: Tensor) -> Tensor:
-        """The allowed width nearest to each quantizer's own, (quantizers,); of tied ones the widest."""
+        """The allowed width nearest to each quantizer's own, (quantizers,); in a set the widest."""
         bits = self.widths.bits()
         for row, allowed in enumerate(self.allowed_bits):
             bits[row] = nearest_allowed(bits[row], allowed)
-        return tie_(bits, self.ties)
+        return equalize_(bits, self.width_sets)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""

@@ -26,9 +26,9 @@ def nearest_allowed(bits: Tensor, allowed: Sequence[int] | None) -> Tensor:
     return widths[torch.bucketize(bits, (widths[1:] + widths[:-1]) / 2, right=True)]
 
 
-def tie_(bits: Tensor, ties: Sequence[Sequence[int]]) -> Tensor:
+def equalize_(bits: Tensor, width_sets: Sequence[Sequence[int]]) -> Tensor:
     """Give the rows of each set the widest of their widths; `bits`, (quantizers,), itself."""
-    for rows in ties:
+    for rows in width_sets:
         bits[list(rows)] = bits[list(rows)].max()
     return bits
 

@@ -17,6 +17,7 @@ from hf_geta.graph.capture import TRACING_ERRORS
 from hf_geta.optim.forgetting import FORGOTTEN_SUMS
 from hf_geta.optim.qasso import QASSO
 from hf_geta.optim.redundant import CHUNK_ENTRIES
+from hf_geta.optim.share import Share
 from hf_geta.plan.memory import OptimizerMemory, PassMemory, measure_optimizer, measure_pass, tensor_bytes
 from hf_geta.plan.run import Run
 from hf_geta.quantization.histogram import MagnitudeHistogram
@@ -70,8 +71,8 @@ class Communication:
         decision: broadcast at the start of each pruning period, in `decision_messages`.
         final_widths: broadcast once, at the start of the cool-down.
         calibration: all-reduced once, before the first step.
-        scores: in pieces, all-reduced in each step of the projection and joint stage; `mix` and `magnitude` send as
-            much once more when a period begins.
+        scores: in pieces, all-reduced in each step of the projection and joint stage, and the first of the cool-down;
+            `mix` sends 4 bytes a group once more when a period begins, and `magnitude` then alone: here 0.
         forgotten: in pieces, all-reduced in each step of the joint stage, at most.
         moved_weights: in pieces, all-gathered at most whenever bounds of widths move, one weight at a time.
     """
@@ -166,7 +167,13 @@ def plan_communication(model: nn.Module, qasso: QASSO, gradients: int) -> Commun
             + OUTLIER_BYTES * (layer.input_quantizer is not None)
             for layer in layers
         ),
-        scores=SUM_BYTES * (qasso.space.num_groups + 1) * qasso.config.prunes,  # one sum is of what no group owns
+        # one sum is of what no group owns
+        scores=SUM_BYTES * (qasso.space.num_groups + 1) * qasso.config.prunes * _observes(qasso),
         forgotten=SUM_BYTES * FORGOTTEN_SUMS * len(qasso.space.parameters) * qasso.config.prunes,
         moved_weights=tensor_bytes(weight for weight in qasso.weights if weight is not None),
     )
+
+
+def _observes(qasso: QASSO) -> bool:
+    """Whether gradients rank the groups, and not weights alone."""
+    return not isinstance(qasso.targets, Share) or bool(qasso.targets.observed)

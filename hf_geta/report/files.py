@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_geta.checkpoint.directory import WEIGHTS_PATTERN, replace_text
+from hf_geta.checkpoint.directory import CONFIG, WEIGHTS_PATTERN, replace_text
 from hf_geta.report.card import PICTURE_NAME, render_card
 from hf_geta.report.metadata import card_metadata
 from hf_geta.report.picture import draw_report
@@ -31,7 +31,7 @@ def save_report(folder: str | Path, report: Mapping[str, Any], previous: str | P
         previous: a folder that `folder` is to replace: its card is the one extended, and what was measured on the
             very same files, and is not in `report`, is taken over. By default `folder` itself, and nothing is.
     """
-    folder, before = Path(folder), _earlier_report(Path(previous or folder))
+    folder, before = Path(folder), read_earlier_report(Path(previous or folder))
     report = dict(report)
     if files := hash_files(folder):
         if previous is not None and before.get("files") == files:
@@ -55,7 +55,7 @@ def load_report(folder: str | Path) -> dict[str, Any]:
 def hash_files(folder: str | Path) -> dict[str, dict[str, Any]]:
     """{name: {"bytes", "sha256"}} of the files of weights and of config.json; empty without weights."""
     weights = sorted(path for path in Path(folder).glob(WEIGHTS_PATTERN) if path.is_file())
-    config = Path(folder) / "config.json"
+    config = Path(folder) / CONFIG
     paths = [config, *weights] if weights and config.is_file() else weights
     return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
 
@@ -66,13 +66,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _earlier_report(folder: Path) -> dict[str, Any]:
-    """The report that a save replaces; one that cannot be read is no reason to lose the new one."""
+def read_earlier_report(folder: Path) -> dict[str, Any]:
+    """The report of an earlier save; one that cannot be read counts as none, with a warning."""
     try:
         if report := load_report(folder):
             card_metadata(report)
     except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
-        logger.warning("%s cannot be read (%r) and is replaced.", folder / REPORT_NAME, error)
+        logger.warning("%s cannot be read (%r) and counts as none.", folder / REPORT_NAME, error)
         return {}
     return report or {}
 

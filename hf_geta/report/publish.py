@@ -16,9 +16,10 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils import cached_file
 
+from hf_geta.checkpoint.directory import CONFIG
 from hf_geta.checkpoint.saving import write_hint
-from hf_geta.report.files import CARD_NAME, REPORT_NAME, hash_files, load_report, save_report
-from hf_geta.report.metadata import join_card
+from hf_geta.report.files import CARD_NAME, REPORT_NAME, hash_files, read_earlier_report, save_report
+from hf_geta.report.metadata import join_card, split_card
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +52,15 @@ def publish_again(
         working_dir, repo_id, *args, **options: as `PushToHubMixin._upload_modified_files` takes them.
     """
     write_hint(Path(working_dir))
-    report = _report_of(working_dir, source, commit)
+    find = functools.partial(_file_of, source, revision=commit, token=options.get("token"))
+    report = _report_of(Path(working_dir), find(REPORT_NAME))
     if not report:
         logger.warning("%s has no report of these weights: they are published without one.", source)
         return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **options)
-    card = _file_of(source, commit, CARD_NAME)
+    card = find(CARD_NAME)
     text = card.read_text(encoding="utf-8", errors="surrogateescape") if card else ""
-    return _publish(model, report, _processor_of(source, commit), text, working_dir, repo_id, *args, **options)
+    processor = _processor_of(source, revision=commit, token=options.get("token"))
+    return _publish(model, report, processor, text, working_dir, repo_id, *args, **options)
 
 
 def _publish(
@@ -90,29 +93,31 @@ def _find_card(folder: Path, repo_id: str, token: Any, otherwise: str) -> None:
     try:
         ModelCard.load(repo_id, token=token)
     except EntryNotFoundError:
-        path.write_text(
-            join_card(ModelCard.load(path).data.to_dict(), otherwise), encoding="utf-8", errors="surrogateescape"
-        )
+        theirs, _, body = split_card(otherwise)
+        metadata = ModelCard.load(path).data.to_dict() | (theirs or {})
+        path.write_text(join_card(metadata, body), encoding="utf-8", errors="surrogateescape")
         return
     with contextlib.suppress(EntryNotFoundError):
         shutil.copyfile(huggingface_hub.hf_hub_download(repo_id, REPORT_NAME, token=token), folder / REPORT_NAME)
 
 
-def _report_of(folder: str, source: str, commit: str | None) -> dict[str, Any]:
-    """The report in `source` of the weights that lie in `folder`; empty without one."""
-    path = _file_of(source, commit, REPORT_NAME)
-    report = load_report(path.parent) if path else {}
-    weights = {name: file for name, file in hash_files(folder).items() if name != "config.json"}
+def _report_of(folder: Path, found: Path | None) -> dict[str, Any]:
+    """The report in a file, if it is of the weights that lie in `folder`; else empty."""
+    report = read_earlier_report(found.parent) if found else {}
+    weights = {name: file for name, file in hash_files(folder).items() if name != CONFIG}
     return report if weights and weights.items() <= report.get("files", {}).items() else {}
 
 
-def _file_of(source: str, commit: str | None, name: str) -> Path | None:
-    found = cached_file(source, name, revision=commit, _raise_exceptions_for_missing_entries=False)
+def _file_of(source: str, name: str, **options: Any) -> Path | None:
+    try:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)
+    except OSError:  # the folder is gone, the Hub cannot be reached
+        return None
     return Path(found) if found else None
 
 
-def _processor_of(source: str, commit: str | None) -> Any:
+def _processor_of(source: str, **options: Any) -> Any:
     try:
-        return AutoProcessor.from_pretrained(source, revision=commit, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):  # none lies there
+        return AutoProcessor.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError):  # none lies there, or not all that it needs is installed
         return None

@@ -208,7 +208,7 @@ def counted_wholes():
 def finalize(model):
     """The small model, on rank 0; each process's (most whole tensors at a time, bytes of it that are here)."""
     with counted_wholes() as counts:
-        small = finalize_model(model, here=dist.get_rank() == 0)
+        small = finalize_model(model, is_main_process=dist.get_rank() == 0)
     here = tensor_bytes(tensor for tensor in (*small.parameters(), *small.buffers()) if not tensor.is_meta)
     assert len(counts) == sum(isinstance(parameter, DTensor) for parameter in model.parameters())
     told = [None] * dist.get_world_size()

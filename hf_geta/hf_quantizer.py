@@ -196,10 +196,8 @@ def _refuse_files(files: Iterable[Path], source: str) -> None:
         if Path(source).is_dir():
             name = file.absolute().relative_to(source) if file.absolute().is_relative_to(source) else None
         else:
-            found = SNAPSHOT.search(str(file))
-            name = (
-                Path(found["name"]) if found else Path(file.name)
-            )  # no cache of the Hub: nothing is known of its home
+            found = SNAPSHOT.search(str(file))  # without one, nothing is known of the file's home
+            name = Path(found["name"] if found else file.name)
         if name is None or ".." in name.parts:
             raise ValueError(f"{file} is not in {source}, whose index names it: get the model from whom you trust.")
         if not str(file).endswith(".safetensors"):

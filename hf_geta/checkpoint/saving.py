@@ -1,8 +1,9 @@
-"""What transformers says of a compressed checkpoint where hf_geta was not imported: an error with what to do.
+"""What a compressed model adds to its config.json as it is saved: a hint, and the dtypes that a loaded model has.
 
-config.json may name the file of weights (`transformers_weights`), and before transformers builds a model it refuses a
-name that no safetensors file can have, and repeats it. A compressed checkpoint has a sentence there: so no model type
-starts from random weights, not even with `ignore_mismatched_sizes=True`. Loading with hf_geta takes it away.
+The hint is what transformers says where hf_geta was not imported: an error with what to do. config.json may name the
+file of weights (`transformers_weights`), and before transformers builds a model it refuses a name that no safetensors
+file can have, and repeats it. A compressed checkpoint has a sentence there: so no model type starts from random
+weights, not even with `ignore_mismatched_sizes=True`. Loading with hf_geta takes it away.
 """
 
 from __future__ import annotations

@@ -192,9 +192,8 @@ class Pricing:
         found = dataclasses.replace(self._allocate_in_sets(budget, structure, rises, noise), groups=groups)
         if found.cost <= budget.target:
             return found
-        return self._allocate_in_sets(
-            budget, choices, rises, noise
-        )  # its half was not enough: a common price after all
+        # its half was not enough: a common price after all
+        return self._allocate_in_sets(budget, choices, rises, noise)
 
     def _allocate_in_sets(
         self, budget: Budget, choices: Choices, rises: Sequence[float], noise: Sequence[float]

@@ -45,7 +45,7 @@ def ended(tmp_path_factory):
     names = ("share", "budget", "stream", "dropped", "nan", "overflow")
     results = {(1, name): run_variants.train(name, folders[1]) for name in names}
     resumed = f"share@{folders[1] / 'share' / CHECKPOINT}"
-    launch(ACCELERATE, folders[2], *names, "uneven", "checkpointed", resumed)
+    launch(ACCELERATE, folders[2], *names, "uneven", "checkpointed", resumed, "compiled")
     launch(TORCHRUN, folders[4], "share")
     for processes in (2, 4):
         for file in folders[processes].glob("*.pt"):
@@ -107,8 +107,11 @@ def test_a_step_that_breaks_on_one_of_two_processes_is_a_step_of_none(ended, nam
     check_same(ours, theirs)
 
 
-def test_with_checkpointing_two_processes_end_as_one_without(ended):
-    check_same(ended[0][2, "checkpointed"], ended[0][1, "share"])
+@pytest.mark.parametrize("name", ["compiled", "checkpointed"])
+def test_compiled_or_with_checkpointing_two_processes_end_as_one_without(ended, name):
+    ours = ended[0][2, name]
+    assert ours["compiled"] == (name == "compiled")
+    check_same(ours, ended[0][1, "share"])
 
 
 @pytest.mark.parametrize("name", ["compiled", "checkpointed", "reentrant"])

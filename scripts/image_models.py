@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import runs
@@ -26,9 +25,6 @@ class ModelArguments(runs.ModelArguments):
     model_type: str | None = dataclasses.field(
         default=None, metadata={"help": "Architecture to train from scratch: vit, deit, resnet, ..."}
     )
-    config_overrides: dict | str | None = dataclasses.field(
-        default=None, metadata={"help": "Fields of a from-scratch model's config; as a flag in JSON."}
-    )
     image_size: int | None = dataclasses.field(
         default=None, metadata={"help": "Height and width of the input. By default the model's or the data's own."}
     )
@@ -36,11 +32,6 @@ class ModelArguments(runs.ModelArguments):
     def __post_init__(self) -> None:
         if self.model_name_or_path is None and self.model_type is None:
             raise ValueError("write model_name_or_path (weights to start from) or model_type (from scratch).")
-
-    def overrides(self) -> dict[str, Any]:
-        """`config_overrides` as a dictionary."""
-        values = self.config_overrides or {}
-        return json.loads(values) if isinstance(values, str) else values
 
 
 def load_processor(arguments: ModelArguments, example: Image.Image) -> Any:
@@ -58,7 +49,8 @@ def load_processor(arguments: ModelArguments, example: Image.Image) -> Any:
         return processor
     size = arguments.image_size
     height, width = (example.height, example.width) if size is None else (size, size)
-    half = [0.5] * arguments.overrides().get("num_channels", 1 if example.mode == "L" else 3)
+    channels = arguments.overrides(_default_config(arguments)).get("num_channels", 1 if example.mode == "L" else 3)
+    half = [0.5] * channels
     return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=half, image_std=half)
 
 
@@ -71,9 +63,7 @@ def load_model(arguments: ModelArguments, processor: Any, class_names: list[str]
     id2label = dict(enumerate(class_names))
     labels = {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
     if arguments.model_name_or_path is not None:
-        options = {"ignore_mismatched_sizes": True, "dtype": arguments.dtype}
-        name = arguments.model_name_or_path
-        model = runs.load_to_train(AutoModelForImageClassification, name, **options, **labels)
+        model = runs.load_to_train(AutoModelForImageClassification, arguments, ignore_mismatched_sizes=True, **labels)
         own_size, size = getattr(model.config, "image_size", None), arguments.image_size
         return model if own_size is None or size in (None, own_size) else resize_positions(model, size)
 
@@ -81,14 +71,16 @@ def load_model(arguments: ModelArguments, processor: Any, class_names: list[str]
 
 
 def _new_config(arguments: ModelArguments, processor: Any, labels: dict[str, Any]) -> PreTrainedConfig:
-    model_type, overrides = arguments.model_type or "", arguments.overrides()
-    known = AutoConfig.for_model(model_type).to_dict()
-    if unknown := sorted(set(overrides) - set(known)):
-        raise ValueError(f"config_overrides: {model_type} has no field {', '.join(unknown)}; it has {sorted(known)}.")
+    default = _default_config(arguments)
+    overrides, known = arguments.overrides(default), default.to_dict()
     shape = {"image_size": processor.size["height"], "num_channels": len(processor.image_mean)}
     fitting = {name: value for name, value in shape.items() if name in known}
     # architectures: AutoModel iterates over it where a model type has two classifiers (DeiT)
-    return AutoConfig.for_model(model_type, **(fitting | overrides), **labels, architectures=[])
+    return AutoConfig.for_model(default.model_type, **(fitting | overrides), **labels, architectures=[])
+
+
+def _default_config(arguments: ModelArguments) -> PreTrainedConfig:
+    return AutoConfig.for_model(str(arguments.model_type))
 
 
 def resize_positions(model: PreTrainedModel, image_size: int) -> PreTrainedModel:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer = None
     if args.do_train:
         trainer = train(
-            load_to_train(AutoModelForCausalLM, name, dtype=model_args.dtype),
+            load_to_train(AutoModelForCausalLM, model_args),
             model_args,
             args,
             geta_config,

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer = None
     if args.do_train:
         trainer = train(
-            load_to_train(AutoModelForQuestionAnswering, str(model_args.model_name_or_path), dtype=model_args.dtype),
+            load_to_train(AutoModelForQuestionAnswering, model_args),
             model_args,
             args,
             geta_config,

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     encoded = tokenize_pairs(rows, tokenizer, data_args)
     trainer = None
     if args.do_train:
-        model = load_to_train(AutoModelForSeq2SeqLM, str(model_args.model_name_or_path), dtype=model_args.dtype)
+        model = load_to_train(AutoModelForSeq2SeqLM, model_args)
         trainer = train(
             model,
             model_args,

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer = None
     if args.do_train:
         trainer = train(
-            load_classifier(str(model_args.model_name_or_path), texts.names, model_args.dtype),
+            load_classifier(model_args, texts.names),
             model_args,
             args,
             geta_config,
@@ -57,17 +57,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return entry
 
 
-def load_classifier(name: str, classes: list[str], dtype: str = "float32") -> PreTrainedModel:
+def load_classifier(arguments: ModelArguments, classes: list[str]) -> PreTrainedModel:
     """The pretrained model with one output for each class; a head of another size is left behind."""
     id2label = dict(enumerate(classes))
     label2id = {label: i for i, label in id2label.items()}
     return load_to_train(
         AutoModelForSequenceClassification,
-        name,
+        arguments,
         id2label=id2label,
         label2id=label2id,
         ignore_mismatched_sizes=True,
-        dtype=dtype,
     )
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_geta
@@ -53,6 +53,10 @@ class ModelArguments:
     model_name_or_path: str | None = dataclasses.field(
         default=None, metadata={"help": "Weights to start from: a name on the Hub or a folder."}
     )
+    config_overrides: dict | str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Fields of the model's config with other values than its own; as a flag in JSON."},
+    )
     dtype: str = dataclasses.field(
         default="float32",
         metadata={
@@ -75,13 +79,32 @@ class ModelArguments:
         if self.model_name_or_path is None:
             raise ValueError("write model_name_or_path: the weights to start from, a name on the Hub or a folder.")
 
+    def overrides(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """`config_overrides` as a dictionary.
 
-def load_to_train(auto_class: Any, name: str, **options: Any) -> PreTrainedModel:
-    """The model of a name on the Hub or of a folder, to be trained: a compressed one in float, at its pruned size.
+        Raises:
+            ValueError: for one that `config` has no field for.
+        """
+        values = self.config_overrides or {}
+        values = json.loads(values) if isinstance(values, str) else values
+        known = config.to_dict()
+        if unknown := sorted(set(values) - set(known)):
+            kind = config.model_type
+            raise ValueError(f"config_overrides: {kind} has no field {', '.join(unknown)}; it has {sorted(known)}.")
+        return values
+
+
+def load_to_train(auto_class: Any, arguments: ModelArguments, **options: Any) -> PreTrainedModel:
+    """The model of `arguments.model_name_or_path`, to be trained: a compressed one in float, at its pruned size.
 
     Args:
-        options: of `from_pretrained`.
+        options: of `from_pretrained`, beside those of `arguments`.
+
+    Raises:
+        ValueError: for a config override that the model has no field for.
     """
+    name = str(arguments.model_name_or_path)
+    options |= {"dtype": arguments.dtype, **arguments.overrides(AutoConfig.from_pretrained(name))}
     if is_compressed(name):
         logger.warning("%s is compressed: its weights are loaded in float, to be trained again.", name)
         options["quantization_config"] = GETAQuantizationConfig(dequantize=True)

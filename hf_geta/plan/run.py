@@ -192,20 +192,19 @@ def _config_of(values: Mapping[str, Any], model: str | None, image_size: int | N
         except ValueError as error:
             way_out = "" if model else "; with --model FOLDER its config.json is read from there"
             raise ValueError(f"{error}{way_out}") from error
+        for name, value in _overrides(values, config).items():
+            setattr(config, name, value)
         if image_size is not None and hasattr(config, "image_size"):
             config.image_size = image_size
         return config, str(source)
     if (kind := values.get("model_type")) is None:
         raise ValueError("the file names no model: write model_name_or_path or model_type in it, or give --model.")
-    overrides = values.get("config_overrides") or {}
-    overrides = yaml.safe_load(overrides) if isinstance(overrides, str) else dict(overrides)
     try:
-        known = AutoConfig.for_model(kind).to_dict()
+        default = AutoConfig.for_model(kind)
     except ValueError as error:
         raise ValueError(f"model_type: {kind}: transformers has no such model type.") from error
-    if unknown := sorted(set(overrides) - set(known)):
-        raise ValueError(f"config_overrides: {kind} has no field {', '.join(unknown)}.")
-    if "image_size" in known:
+    overrides = _overrides(values, default)
+    if "image_size" in default.to_dict():
         if "image_size" not in overrides and image_size is None:
             raise ValueError(
                 f"a {kind} from scratch has the image size of its data, which the file does not say: write "
@@ -213,6 +212,15 @@ def _config_of(values: Mapping[str, Any], model: str | None, image_size: int | N
             )
         overrides.setdefault("image_size", image_size)
     return AutoConfig.for_model(kind, **overrides, architectures=[]), f"{kind} from scratch"
+
+
+def _overrides(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """What the file says of fields of the config."""
+    overrides = values.get("config_overrides") or {}
+    overrides = yaml.safe_load(overrides) if isinstance(overrides, str) else dict(overrides)
+    if unknown := sorted(set(overrides) - set(config.to_dict())):
+        raise ValueError(f"config_overrides: {config.model_type} has no field {', '.join(unknown)}.")
+    return overrides
 
 
 def _class_name(values: Mapping[str, Any], config: Any) -> str:

@@ -14,6 +14,7 @@ from image_models import load_model, load_processor
 from questions import BOOKKEEPING, QuestionArguments, load_questions, load_tokenizer, windows_of
 from run_question_answering import evaluate_answers
 from run_text_classification import load_classifier
+from runs import load_to_train
 from texts import TextArguments, load_texts
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -77,15 +78,15 @@ def _evaluation_batches(images: Images) -> Iterator[dict[str, Tensor]]:
 
 
 def _texts(settings: Mapping[str, Any], data_dir: str | None, prepared: Path) -> Task:
-    name, arguments = _pretrained(settings, data_dir), TextArguments(**_data(settings, data_dir))
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    model, arguments = model_arguments(settings["model"], data_dir), TextArguments(**_data(settings, data_dir))
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
     texts, collator = (
         load_texts(arguments).tokenized(tokenizer, arguments.max_length),
         DataCollatorWithPadding(tokenizer),
     )
     return Task(
         AutoModelForSequenceClassification,
-        lambda: load_classifier(name, texts.names),
+        lambda: load_classifier(model, texts.names),
         texts.train,
         collator,
         lambda model: evaluate_accuracy(model, DataLoader(texts.evaluation, TEXT_BATCH, collate_fn=collator)),
@@ -95,8 +96,8 @@ def _texts(settings: Mapping[str, Any], data_dir: str | None, prepared: Path) ->
 
 
 def _questions(settings: Mapping[str, Any], data_dir: str | None, prepared: Path) -> Task:
-    name, arguments = _pretrained(settings, data_dir), QuestionArguments(**_data(settings, data_dir))
-    tokenizer = load_tokenizer(name)
+    model, arguments = model_arguments(settings["model"], data_dir), QuestionArguments(**_data(settings, data_dir))
+    tokenizer = load_tokenizer(str(model.model_name_or_path))
     train, examples = load_questions(arguments)
     windows, collator = windows_of(examples, tokenizer, arguments), DataCollatorWithPadding(tokenizer)
 
@@ -106,7 +107,7 @@ def _questions(settings: Mapping[str, Any], data_dir: str | None, prepared: Path
 
     return Task(
         AutoModelForQuestionAnswering,
-        lambda: AutoModelForQuestionAnswering.from_pretrained(name),
+        lambda: load_to_train(AutoModelForQuestionAnswering, model),
         windows_of(train, tokenizer, arguments).remove_columns(list(BOOKKEEPING)),
         collator,
         score,
@@ -120,12 +121,6 @@ TASKS: dict[str, Callable[[Mapping[str, Any], str | None, Path], Task]] = {
     "texts": _texts,
     "questions": _questions,
 }
-
-
-def _pretrained(settings: Mapping[str, Any], data_dir: str | None) -> str:
-    """Folder or name of the weights of a run's `model`."""
-    folder, hub = located(settings["model"]["pretrained"], data_dir)
-    return str(folder or hub)
 
 
 def _data(settings: Mapping[str, Any], data_dir: str | None) -> dict[str, Any]:

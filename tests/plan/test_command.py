@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from transformers import ViTConfig
 
 from hf_geta.cli import main
 from hf_geta.plan.text import format_bytes
@@ -60,6 +61,13 @@ def test_keys_are_set_on_the_command_line(plan):
     assert "500 optimizer steps" in out
     assert "14 of 56 groups go" in out
     assert "no layer is quantized" in out
+
+
+def test_a_pretrained_model_is_planned_with_the_config_that_the_file_asks_for(plan, tmp_path):
+    ViTConfig(**VIT, image_size=32).save_pretrained(tmp_path / "model")
+    run = {"model_type": None, "model_name_or_path": str(tmp_path / "model"), "max_steps": 200}
+    for overrides, groups in (({}, 56), ({"num_hidden_layers": 1}, 28)):
+        assert f"of {groups} groups go" in plan(**run, config_overrides=overrides)[1]
 
 
 @pytest.mark.parametrize(

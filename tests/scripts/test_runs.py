@@ -12,6 +12,7 @@ from images import DataArguments, load_splits
 from PIL import Image
 from run_arguments import parse_run
 from run_question_answering import InOrder
+from run_text_classification import load_classifier
 from runs import head_optimizer, report_of, trained_folder
 from splits import load_rows
 from texts import TextArguments
@@ -19,6 +20,7 @@ from token_blocks import BlockArguments
 from token_blocks import load_texts as load_plain_texts
 from transformers import (
     AutoImageProcessor,
+    AutoModel,
     ConvNextImageProcessorPil,
     DeiTImageProcessorPil,
     ResNetConfig,
@@ -151,6 +153,17 @@ def test_resized_positions_keep_the_dtype(tmp_path):
     model = load_model(arguments, None, ["a", "b"])
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.config.image_size == 16
+
+
+def test_pretrained_weights_train_with_the_config_that_was_asked_for(encoder_folder):
+    arguments = runs.ModelArguments(encoder_folder, config_overrides='{"attention_probs_dropout_prob": 0.0}')
+    model = load_classifier(arguments, ["a", "b"])
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0, 0.1}
+    weights = AutoModel.from_pretrained(encoder_folder).state_dict()
+    for name, tensor in model.base_model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    with pytest.raises(ValueError, match="config_overrides: bert has no field attention_dropot"):
+        load_classifier(runs.ModelArguments(encoder_folder, config_overrides={"attention_dropot": 0}), ["a", "b"])
 
 
 def test_a_learning_rate_for_a_head_that_there_is_not_is_refused(tmp_path):

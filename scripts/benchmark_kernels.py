@@ -1,0 +1,82 @@
+#!/usr/bin/env python
+"""Which of torch's kernels multiplies a layer of 4-bit weights fastest, and how exactly?
+
+    OMP_NUM_THREADS=1 python scripts/benchmark_kernels.py [--outputs 2048] [--inputs 768] [--rows 1 4 32] [--rounds 5]
+
+Inputs are integers of 8 bits, weights integers of 4 bits that every block of 32 multiplies by an integer, as in a layer
+with blocks. The table has the time of each kernel over that of a float32 product, and the largest error of its outputs
+over the largest output. The kernels take turns, and every figure is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from benchmark_inference import seconds
+from torch import Tensor
+
+from hf_geta.quantization.kernels import BLOCK
+
+INT8, INT4, INT4_FLOAT, WEIGHT_INT8 = "int8 x int8", "int4, bfloat16", "int4, float32", "int8 weight, bfloat16"
+
+
+def kernels(codes: Tensor, weight: Tensor, multipliers: Tensor) -> tuple[Tensor, dict[str, Callable[[], Tensor]]]:
+    """(the exact product, kernel -> what it makes of the same numbers).
+
+    Args:
+        codes: (rows, inputs) int8.
+        weight: (outputs, inputs) int8, from -7 to 7.
+        multipliers: (outputs, blocks) int8, from 1 to 16: a weight of its block is so often its code.
+    """
+    ops = torch.ops.aten
+    whole = weight * multipliers.repeat_interleave(BLOCK, 1)
+    packed = ops._convert_weight_to_int4pack_for_cpu(weight.int() + 8, 1)
+    scales = torch.stack([multipliers.t().float(), torch.zeros(multipliers.t().shape)], -1).contiguous()
+    half, ones = codes.bfloat16(), torch.ones(len(weight), dtype=torch.bfloat16)
+    exact = codes.double() @ whole.double().t()
+    return exact, {
+        "float32": functools.partial(torch.mm, codes.float(), whole.float().t()),
+        INT8: functools.partial(torch._int_mm, codes, whole.t()),
+        INT4: functools.partial(ops._weight_int4pack_mm_for_cpu, half, packed, BLOCK, scales.bfloat16()),
+        INT4_FLOAT: functools.partial(ops._weight_int4pack_mm_for_cpu, codes.float(), packed, BLOCK, scales),
+        WEIGHT_INT8: functools.partial(ops._weight_int8pack_mm, half, whole, ones),
+    }
+
+
+@torch.inference_mode()
+def measure(outputs: int, inputs: int, rows: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """Kernel -> (time over that of float32, largest error over the largest output)."""
+    torch.manual_seed(0)
+    codes = torch.randint(-127, 128, (rows, inputs), dtype=torch.int8)
+    weight = torch.randint(-7, 8, (outputs, inputs), dtype=torch.int8)
+    multipliers = torch.randint(1, 17, (outputs, inputs // BLOCK), dtype=torch.int8)
+    exact, calls = kernels(codes, weight, multipliers)
+    turns = [{name: seconds(call, 0.01) for name, call in calls.items()} for _ in range(rounds)]
+    figures = {}
+    for name, call in calls.items():
+        error = (call().double() - exact).abs().max() / exact.abs().max()
+        figures[name] = statistics.median(turn[name] / turn["float32"] for turn in turns), error.item()
+    return figures
+
+
+def main(argv: Sequence[str] | None = None) -> dict[int, dict[str, tuple[float, float]]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--outputs", type=int, default=2048)
+    parser.add_argument("--inputs", type=int, default=768, help="a multiple of 32")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 32])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args(argv)
+    figures = {rows: measure(arguments.outputs, arguments.inputs, rows, arguments.rounds) for rows in arguments.rows}
+    print("| rows | " + " | ".join(map(str, figures)) + " | largest error |\n|---|" + "---:|" * (len(figures) + 1))
+    for name in next(iter(figures.values())):
+        times = " | ".join(f"{by_kernel[name][0]:.2f}" for by_kernel in figures.values())
+        print(f"| {name} | {times} | {max(by_kernel[name][1] for by_kernel in figures.values()):.1e} |")
+    return figures
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,11 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         return self.manifest.to_dict()
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What `from_pretrained` takes over from a user's config; all else is the checkpoint's."""
+        """What `from_pretrained` takes over from a user's config; all else is the checkpoint's.
+
+        transformers asks before it warns that it takes no more, which here is all that there is to take: no warning.
+        """
+        warnings.filterwarnings("ignore", "(?s)You passed `quantization_config`.*'dequantize', 'backend'", UserWarning)
         return {"dequantize": self.dequantize, "backend": self.backend}
 
     def __iter__(self) -> Iterator[Any]:

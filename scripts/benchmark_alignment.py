@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What a kept size costs that hardware does not like: is `group_divisible` worth it when the model runs?
 
-    OMP_NUM_THREADS=1 python scripts/benchmark_alignment.py [--rows 197] [--rounds 20] [--sizes 752 760 764 767 768]
+    OMP_NUM_THREADS=1 python scripts/benchmark.py alignment [--rows 197] [--rounds 20] [--sizes 752 760 764 767 768]
 
 An MLP of width 384 keeps so many hidden units, in float32, in bfloat16 and packed (4 bits, inputs of 8). The table has
 the time of each size over that of the last one, by the units: 1.00 is no loss, 1.10 says that a unit costs 10 % more.

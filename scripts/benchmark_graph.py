@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Seconds and memory that `build_qadg` takes on models of the sizes that people use, each in a process of its own.
 
-    OMP_NUM_THREADS=1 python scripts/benchmark_graph.py [--models vit-base llama-70b] [--output outputs/graph.json]
+    OMP_NUM_THREADS=1 python scripts/benchmark.py graph [--models vit-base llama-70b] [--output outputs/graph.json]
 
 Models are built from their configs: those of 100 M parameters with random weights, the Llamas on the meta device. The
 process's first call pays for torch's tracing machinery, so a tiny model goes first.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import resident_peak_bytes
+from benchmark_training import resident_peak_bytes
 from torch import nn
 from transformers import (
     BertConfig,

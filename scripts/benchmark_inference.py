@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What compression gains when a model runs: latency, memory, load time and bytes, as ratios to the dense float32 model.
 
-    OMP_NUM_THREADS=1 python scripts/benchmark_inference.py [--models vit llama] [--rounds 5] [--batch_size 32]
+    OMP_NUM_THREADS=1 python scripts/benchmark.py inference [--models vit llama] [--rounds 5] [--batch_size 32]
         [--output outputs/inference.json]
 
 Every model is there dense, in half precision, pruned (half of its groups), and pruned with packed weights of 4 and 8
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import resident_peak_bytes
+from benchmark_training import resident_peak_bytes
 from inference_models import MODELS, VARIANTS, Variant, available, load, save_all, small_model, workloads
 
 Figures = dict[str, Any]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Which of torch's kernels multiplies a layer of 4-bit weights fastest, and how exactly?
 
-    OMP_NUM_THREADS=1 python scripts/benchmark_kernels.py [--outputs 2048] [--inputs 768] [--rows 1 4 32] [--rounds 5]
+    OMP_NUM_THREADS=1 python scripts/benchmark.py kernels [--outputs 2048] [--inputs 768] [--rows 1 4 32] [--rounds 5]
 
 Inputs are integers of 8 bits, weights integers of 4 bits that every block of 32 multiplies by an integer, as in a layer
 with blocks. The table has the time of each kernel over that of a float32 product, and the largest error of its outputs

@@ -1,5 +1,7 @@
 import json
+from pathlib import Path
 
+import benchmark
 import benchmark_alignment
 import benchmark_inference
 import benchmark_kernels
@@ -11,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 
 from hf_geta.checkpoint.integer import has_integer_kernel
 
+SCRIPTS = Path(benchmark.__file__).parent
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
 TINY_MODELS = {
     "vit": lambda: ViTForImageClassification(ViTConfig(**TINY, image_size=16, patch_size=8)),
@@ -82,3 +85,15 @@ def test_kernels_that_are_compared_make_the_same_product(capsys):
     for name, error in errors.items():
         assert error < 1e-2 if name.endswith("bfloat16") else error == 0, name
     assert "| rows | 3 | largest error |" in capsys.readouterr().out
+
+
+def test_one_program_measures_every_topic(capsys):
+    assert set(benchmark.TOPICS) == {path.stem.removeprefix("benchmark_") for path in SCRIPTS.glob("benchmark_*.py")}
+    figures = benchmark.main(["alignment", "--sizes", "9", "16", "--rounds", "1", "--rows", "2"])
+    assert set(figures) == set(benchmark_alignment.KINDS)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        benchmark.main(["--help"])
+    assert "--steps_per_stage" in capsys.readouterr().out  # of training, which goes without its name
+    with pytest.raises(SystemExit, match="there is no topic infrence; write one of training, inference"):
+        benchmark.main(["infrence"])

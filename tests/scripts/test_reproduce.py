@@ -345,7 +345,7 @@ def test_the_code_of_a_run_is_the_library_and_what_trains_and_measures():
     for name in ("images", "image_models", "cifar_resnet", "texts", "questions", "classification", "runs", "splits"):
         assert f"scripts/{name}.py" in names
     assert {"tables/run.py", "tables/tasks.py", "tables/data.py", "hf_geta/trainer.py"} <= names
-    assert not {"tables/markdown.py", "tables/picture.py", "scripts/benchmark.py"} & names
+    assert not {"tables/markdown.py", "tables/picture.py", "scripts/benchmark_training.py"} & names
 
 
 def test_pictures_are_decoded_again_where_the_code_is_another(smoke, monkeypatch):

@@ -257,8 +257,10 @@ def _check_loaded(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None
             )
     is_spread = hasattr(model, "hf_device_map")  # over devices, where tensors are replaced and lose the mark
     for layer_name, layer in _packed_layers(model):
-        for name, buffer in layer._buffers.items():
-            if name in layer._non_persistent_buffers_set:
+        for name, buffer in {**layer._parameters, **layer._buffers}.items():  # biases, codes, step sizes
+            if name in layer._non_persistent_buffers_set or f"{layer_name}.{name}" in tied:
+                continue
+            if buffer is None and name in layer._parameters:  # a layer without a bias
                 continue
             if buffer is None or not (is_spread or getattr(buffer, "_is_hf_initialized", False)):
                 raise ValueError(f"{layer_name}.{name} is not in the checkpoint's file: get the file again.")

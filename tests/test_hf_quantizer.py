@@ -432,7 +432,7 @@ def test_a_config_that_does_not_fit_the_file_is_refused(change, message, tmp_pat
         type(model).from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("tensor", ["weight", "step_size", "block_multipliers"])
+@pytest.mark.parametrize("tensor", ["bias", "weight", "step_size", "block_multipliers"])
 def test_a_file_that_lacks_a_packed_tensor_is_refused(tensor, tmp_path):
     model, _ = build("bert")
     pack_(model, "block").save_pretrained(tmp_path)

@@ -69,9 +69,12 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained` takes over from a user's config; all else is the checkpoint's.
 
-        transformers asks before it warns that it takes no more, which here is all that there is to take: no warning.
+        transformers asks before it warns that it takes no more. Where there is no more, that warning is filtered, from
+        then on in this process.
         """
-        warnings.filterwarnings("ignore", "(?s)You passed `quantization_config`.*'dequantize', 'backend'", UserWarning)
+        if self.manifest == Manifest():
+            message = "(?s)You passed `quantization_config`.*'dequantize', 'backend'"
+            warnings.filterwarnings("ignore", message, UserWarning, r"transformers\.quantizers")
         return {"dequantize": self.dequantize, "backend": self.backend}
 
     def __iter__(self) -> Iterator[Any]:
@@ -257,14 +260,13 @@ def _check_loaded(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None
             )
     is_spread = hasattr(model, "hf_device_map")  # over devices, where tensors are replaced and lose the mark
     for layer_name, layer in _packed_layers(model):
-        for name, buffer in {**layer._parameters, **layer._buffers}.items():  # biases, codes, step sizes
-            if name in layer._non_persistent_buffers_set or f"{layer_name}.{name}" in tied:
+        for name, tensor in {**layer._parameters, **layer._buffers}.items():  # biases, codes, step sizes
+            is_absent = tensor is None and name in layer._parameters  # a layer without a bias
+            if is_absent or name in layer._non_persistent_buffers_set:
                 continue
-            if buffer is None and name in layer._parameters:  # a layer without a bias
-                continue
-            if buffer is None or not (is_spread or getattr(buffer, "_is_hf_initialized", False)):
+            if tensor is None or not (is_spread or getattr(tensor, "_is_hf_initialized", False)):
                 raise ValueError(f"{layer_name}.{name} is not in the checkpoint's file: get the file again.")
-            if name == "step_size" and not buffer.is_meta and not (buffer.isfinite() & (buffer > 0)).all():
+            if name == "step_size" and not tensor.is_meta and not (tensor.isfinite() & (tensor > 0)).all():
                 raise ValueError(f"{layer_name}.{name} is not finite and positive: the file is damaged, get it again.")
         units = layer.units_of_blocks()
         if units is not None and not units.is_meta and int(units.max()) > layer.highest_multiplier:

@@ -3,9 +3,9 @@
 
     OMP_NUM_THREADS=1 python scripts/benchmark.py kernels [--outputs 2048] [--inputs 768] [--rows 1 4 32] [--rounds 5]
 
-Inputs are integers of 8 bits, weights integers of 4 bits that every block of 32 multiplies by an integer, as in a layer
-with blocks. The table has the time of each kernel over that of a float32 product, and the largest error of its outputs
-over the largest output. The kernels take turns, and every figure is the median over the rounds.
+Inputs are integers of 8 bits; weights are integers of 4 bits times one of 1 to 16 for each block of 32, as in a layer
+with blocks. The table has the time of each kernel over that of a float32 product, the median over rounds in which the
+kernels take turns, and the largest error of its outputs over the largest output.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 from benchmark_inference import seconds
 from torch import Tensor
 
-from hf_geta.quantization.kernels import BLOCK
+from hf_geta.quantization.blocks import BLOCK
 
-INT8, INT4, INT4_FLOAT, WEIGHT_INT8 = "int8 x int8", "int4, bfloat16", "int4, float32", "int8 weight, bfloat16"
+FLOAT, HALF, INT8 = "float32", "bfloat16", "int8 x int8"
+INT4, INT4_FLOAT, WEIGHT_INT8 = "int4, bfloat16", "int4, float32", "int8 weight, bfloat16"
 
 
 def kernels(codes: Tensor, weight: Tensor, multipliers: Tensor) -> tuple[Tensor, dict[str, Callable[[], Tensor]]]:
@@ -30,7 +31,7 @@ def kernels(codes: Tensor, weight: Tensor, multipliers: Tensor) -> tuple[Tensor,
     Args:
         codes: (rows, inputs) int8.
         weight: (outputs, inputs) int8, from -7 to 7.
-        multipliers: (outputs, blocks) int8, from 1 to 16: a weight of its block is so often its code.
+        multipliers: (outputs, blocks) int8, from 1 to 16, times which the weights of a block are taken.
     """
     ops = torch.ops.aten
     whole = weight * multipliers.repeat_interleave(BLOCK, 1)
@@ -39,7 +40,8 @@ def kernels(codes: Tensor, weight: Tensor, multipliers: Tensor) -> tuple[Tensor,
     half, ones = codes.bfloat16(), torch.ones(len(weight), dtype=torch.bfloat16)
     exact = codes.double() @ whole.double().t()
     return exact, {
-        "float32": functools.partial(torch.mm, codes.float(), whole.float().t()),
+        FLOAT: functools.partial(torch.mm, codes.float(), whole.float().t()),
+        HALF: functools.partial(torch.mm, half, whole.bfloat16().t()),
         INT8: functools.partial(torch._int_mm, codes, whole.t()),
         INT4: functools.partial(ops._weight_int4pack_mm_for_cpu, half, packed, BLOCK, scales.bfloat16()),
         INT4_FLOAT: functools.partial(ops._weight_int4pack_mm_for_cpu, codes.float(), packed, BLOCK, scales),
@@ -59,7 +61,7 @@ def measure(outputs: int, inputs: int, rows: int, rounds: int) -> dict[str, tupl
     figures = {}
     for name, call in calls.items():
         error = (call().double() - exact).abs().max() / exact.abs().max()
-        figures[name] = statistics.median(turn[name] / turn["float32"] for turn in turns), error.item()
+        figures[name] = statistics.median(turn[name] / turn[FLOAT] for turn in turns), error.item()
     return figures
 
 

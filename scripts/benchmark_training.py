@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What compression costs while it trains: GETATrainer over plain Trainer on the same model, as ratios.
 
-    python scripts/benchmark.py training [--rounds 3] [--steps_per_stage 12] [--output outputs/benchmark.json]
+    python scripts/benchmark.py training [--rounds 3] [--steps_per_stage 12] [--output outputs/training.json]
 
 A ViT of width 192 and depth 6 on 64 patches, batch 64. Plain and compressed runs take turns in one process, and every
 ratio is the median over the rounds of (median step of a stage / median plain step of the same round), so that a busy
@@ -45,7 +45,7 @@ class BenchmarkArguments:
     batch_size: int = dataclasses.field(default=64, metadata={"help": "Images in a batch."})
     width: int = dataclasses.field(default=192, metadata={"help": "Hidden size of the ViT."})
     depth: int = dataclasses.field(default=6, metadata={"help": "Layers of the ViT."})
-    output: str = dataclasses.field(default="outputs/benchmark.json", metadata={"help": "Where the figures go."})
+    output: str = dataclasses.field(default="outputs/training.json", metadata={"help": "Where the figures go."})
 
 
 class StepTimer(TrainerCallback):

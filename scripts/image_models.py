@@ -17,10 +17,12 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from hf_geta.checkpoint.overrides import override, read_overrides
+
 
 @dataclasses.dataclass
 class ModelArguments(runs.ModelArguments):
-    """Which model, at what image size; `model_name_or_path` goes before `model_type`."""
+    """Which model, at what image size; `model_name_or_path` goes before `model_type` and its `config_overrides`."""
 
     model_type: str | None = dataclasses.field(
         default=None, metadata={"help": "Architecture to train from scratch: vit, deit, resnet, ..."}
@@ -49,8 +51,8 @@ def load_processor(arguments: ModelArguments, example: Image.Image) -> Any:
         return processor
     size = arguments.image_size
     height, width = (example.height, example.width) if size is None else (size, size)
-    channels = arguments.overrides(_default_config(arguments)).get("num_channels", 1 if example.mode == "L" else 3)
-    half = [0.5] * channels
+    overrides = read_overrides(arguments.config_overrides)
+    half = [0.5] * overrides.get("num_channels", 1 if example.mode == "L" else 3)
     return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=half, image_std=half)
 
 
@@ -58,11 +60,13 @@ def load_model(arguments: ModelArguments, processor: Any, class_names: list[str]
     """The model to train, with one output for each class.
 
     Raises:
-        ValueError: for a config override that the architecture has no field for.
+        ValueError: for a config override that the architecture does not take, or pretrained weights do not fit.
     """
     id2label = dict(enumerate(class_names))
     labels = {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
     if arguments.model_name_or_path is not None:
+        if arguments.model_type is not None:  # of which the overrides are
+            arguments = dataclasses.replace(arguments, config_overrides=None)
         model = runs.load_to_train(AutoModelForImageClassification, arguments, ignore_mismatched_sizes=True, **labels)
         own_size, size = getattr(model.config, "image_size", None), arguments.image_size
         return model if own_size is None or size in (None, own_size) else resize_positions(model, size)
@@ -71,16 +75,12 @@ def load_model(arguments: ModelArguments, processor: Any, class_names: list[str]
 
 
 def _new_config(arguments: ModelArguments, processor: Any, labels: dict[str, Any]) -> PreTrainedConfig:
-    default = _default_config(arguments)
-    overrides, known = arguments.overrides(default), default.to_dict()
+    default, overrides = AutoConfig.for_model(str(arguments.model_type)), read_overrides(arguments.config_overrides)
+    override(default, overrides)
     shape = {"image_size": processor.size["height"], "num_channels": len(processor.image_mean)}
-    fitting = {name: value for name, value in shape.items() if name in known}
+    fitting = {name: value for name, value in shape.items() if name in default.to_dict()}
     # architectures: AutoModel iterates over it where a model type has two classifiers (DeiT)
     return AutoConfig.for_model(default.model_type, **(fitting | overrides), **labels, architectures=[])
-
-
-def _default_config(arguments: ModelArguments) -> PreTrainedConfig:
-    return AutoConfig.for_model(str(arguments.model_type))
 
 
 def resize_positions(model: PreTrainedModel, image_size: int) -> PreTrainedModel:

@@ -18,7 +18,6 @@ from run_arguments import parse_run
 from runs import ModelArguments, load_to_train, measure, run_program, train, trained_folder, write_report
 from token_blocks import BlockArguments, block_size_of, load_texts, stacked, token_blocks
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     TrainingArguments,
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     set_seed(args.seed)
     name = str(model_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    block_size = block_size_of(data_args, tokenizer, AutoConfig.from_pretrained(name))
+    block_size = block_size_of(data_args, tokenizer, model_args.pretrained_config())
     train_texts, eval_texts = load_texts(data_args)
     eval_blocks = token_blocks(eval_texts, tokenizer, block_size, data_args.max_eval_samples)
     trainer = None

@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from torch.utils.data import IterableDataset
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_geta
 from hf_geta import GETAConfig, GETAQuantizationConfig, GETATrainer
 from hf_geta.checkpoint.directory import replace_text
-from hf_geta.checkpoint.models import is_compressed
+from hf_geta.checkpoint.models import is_compressed, read_config
+from hf_geta.checkpoint.overrides import override, read_overrides, refuse_other_weights
 from hf_geta.report import load_report, metrics_table, save_report
 from hf_geta.report.figures import DENSE
 
@@ -55,7 +56,7 @@ class ModelArguments:
     )
     config_overrides: dict | str | None = dataclasses.field(
         default=None,
-        metadata={"help": "Fields of the model's config with other values than its own; as a flag in JSON."},
+        metadata={"help": "Fields of the model's config with other values while it trains; as a flag in JSON."},
     )
     dtype: str = dataclasses.field(
         default="float32",
@@ -79,19 +80,9 @@ class ModelArguments:
         if self.model_name_or_path is None:
             raise ValueError("write model_name_or_path: the weights to start from, a name on the Hub or a folder.")
 
-    def overrides(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """`config_overrides` as a dictionary.
-
-        Raises:
-            ValueError: for one that `config` has no field for.
-        """
-        values = self.config_overrides or {}
-        values = json.loads(values) if isinstance(values, str) else values
-        known = config.to_dict()
-        if unknown := sorted(set(values) - set(known)):
-            kind = config.model_type
-            raise ValueError(f"config_overrides: {kind} has no field {', '.join(unknown)}; it has {sorted(known)}.")
-        return values
+    def pretrained_config(self) -> PreTrainedConfig:
+        """That of `model_name_or_path`, with the overrides."""
+        return override(read_config(str(self.model_name_or_path)), read_overrides(self.config_overrides))
 
 
 def load_to_train(auto_class: Any, arguments: ModelArguments, **options: Any) -> PreTrainedModel:
@@ -101,10 +92,11 @@ def load_to_train(auto_class: Any, arguments: ModelArguments, **options: Any) ->
         options: of `from_pretrained`, beside those of `arguments`.
 
     Raises:
-        ValueError: for a config override that the model has no field for.
+        ValueError: for a config override that the model does not take, or that would change which weights it has.
     """
-    name = str(arguments.model_name_or_path)
-    options |= {"dtype": arguments.dtype, **arguments.overrides(AutoConfig.from_pretrained(name))}
+    name, overrides = str(arguments.model_name_or_path), read_overrides(arguments.config_overrides)
+    refuse_other_weights(read_config(name), overrides, auto_class.__name__, name)
+    options |= {"dtype": arguments.dtype, **overrides}
     if is_compressed(name):
         logger.warning("%s is compressed: its weights are loaded in float, to be trained again.", name)
         options["quantization_config"] = GETAQuantizationConfig(dequantize=True)

@@ -444,6 +444,27 @@ def test_a_file_that_lacks_a_packed_tensor_is_refused(tensor, tmp_path):
         type(model).from_pretrained(tmp_path)
 
 
+def test_a_tied_bias_may_lie_under_its_other_name_but_not_be_missing(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model, inputs = (
+        transformers.BertForMaskedLM(transformers.BertConfig(**sizes, vocab_size=30)),
+        {"input_ids": torch.arange(8).view(2, 4)},
+    )
+    torch.nn.init.normal_(model.cls.predictions.bias)
+    prepare_model(model, GETAConfig(weight_bits=(4, 8), activation_bits=(8, 8), quantize_embeddings=8), inputs)
+    small = finalize_model(model).eval()
+    assert isinstance(small.cls.predictions.decoder, PackedLayer)
+    small.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(small, tmp_path), inputs), logits(small, inputs))
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "cls.predictions.decoder.bias" not in tensors
+    del tensors["cls.predictions.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"cls\.predictions\.decoder\.bias is not in the checkpoint's file"):
+        type(small).from_pretrained(tmp_path)
+
+
 def test_a_dense_checkpoint_cannot_be_compressed_by_loading(tmp_path):
     model, _ = build("vit")
     model.save_pretrained(tmp_path)

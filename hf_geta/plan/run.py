@@ -1,6 +1,6 @@
 """The YAML file of a run, as the programs in scripts/ read it -> what a plan needs of it: model, batch, steps.
 
-Read generically: what the model is (`model_name_or_path`, or `model_type` with `config_overrides`), the section
+Read generically: what the model is (`model_name_or_path` or `model_type`, and `config_overrides`), the section
 `geta:`, some keys of TrainingArguments, and a few that say how a batch looks. All other keys are the programs' own.
 """
 
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hf_geta.checkpoint.models import read_config, skeleton_of
+from hf_geta.checkpoint.overrides import override, read_overrides
 from hf_geta.config import SECTION, GETAConfig, read_values, with_numbers
 from hf_geta.config_checks import did_you_mean
 from hf_geta.graph.example_inputs import example_inputs
@@ -192,8 +193,8 @@ def _config_of(values: Mapping[str, Any], model: str | None, image_size: int | N
         except ValueError as error:
             way_out = "" if model else "; with --model FOLDER its config.json is read from there"
             raise ValueError(f"{error}{way_out}") from error
-        for name, value in _overrides(values, config).items():
-            setattr(config, name, value)
+        if values.get("model_name_or_path") and not values.get("model_type"):  # else they are of a model from scratch
+            config = override(config, read_overrides(values.get("config_overrides")))
         if image_size is not None and hasattr(config, "image_size"):
             config.image_size = image_size
         return config, str(source)
@@ -203,7 +204,8 @@ def _config_of(values: Mapping[str, Any], model: str | None, image_size: int | N
         default = AutoConfig.for_model(kind)
     except ValueError as error:
         raise ValueError(f"model_type: {kind}: transformers has no such model type.") from error
-    overrides = _overrides(values, default)
+    overrides = read_overrides(values.get("config_overrides"))
+    override(default, overrides)
     if "image_size" in default.to_dict():
         if "image_size" not in overrides and image_size is None:
             raise ValueError(
@@ -212,15 +214,6 @@ def _config_of(values: Mapping[str, Any], model: str | None, image_size: int | N
             )
         overrides.setdefault("image_size", image_size)
     return AutoConfig.for_model(kind, **overrides, architectures=[]), f"{kind} from scratch"
-
-
-def _overrides(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """What the file says of fields of the config."""
-    overrides = values.get("config_overrides") or {}
-    overrides = yaml.safe_load(overrides) if isinstance(overrides, str) else dict(overrides)
-    if unknown := sorted(set(overrides) - set(config.to_dict())):
-        raise ValueError(f"config_overrides: {config.model_type} has no field {', '.join(unknown)}.")
-    return overrides
 
 
 def _class_name(values: Mapping[str, Any], config: Any) -> str:

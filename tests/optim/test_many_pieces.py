@@ -17,7 +17,8 @@ from hf_geta.preparation import preparation_of, prunable_parameters
 
 PROCESSES = 1024
 KINDS = ("taylor", "fisher")
-# Two rows of one layer for each of the first 750; of other layers even they hold nothing, mostly.
+# One layer has two rows for each of the first 750 processes. Other layers have a row for 16 of them; 274 hold nothing.
+WITH_ROWS = 750
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 1500}
 SHAPE = {**SIZES, "image_size": 8, "patch_size": 4, "num_channels": 1}
 
@@ -47,12 +48,12 @@ def space_of_pieces(model, mesh):
     return PruningSpace(preparation_of(model).qadg.axes, pieces)
 
 
-def chosen(sums, share):
-    """The groups that a first decision removes, from (2, groups): <x, g>, and the summed squares."""
+def decision(sums, share):
+    """(how groups rank, which a first decision removes), from (2, groups): <x, g>, and the summed squares."""
     scores = dict(zip(KINDS, observe(sums[0], KINDS), strict=True)) | {"magnitude": sums[1].sqrt()}
     ranking = mix(scores, dict.fromkeys(scores, 1.0), share.kind_sizes)
     none = torch.zeros(share.space.num_groups, dtype=torch.bool)
-    return choose_least_salient(ranking, none, share.groups_to_remove, share.space.axis_sizes)
+    return ranking, choose_least_salient(ranking, none, share.groups_to_remove, share.space.axis_sizes)
 
 
 def test_the_pieces_of_1024_processes_choose_the_groups_that_the_whole_model_does(whole):
@@ -67,11 +68,14 @@ def test_the_pieces_of_1024_processes_choose_the_groups_that_the_whole_model_doe
         finally:
             dist.destroy_process_group()
     expected = torch.stack([first_order(share.space), magnitude(share.space).square()])
-    from_anyone = torch.stack(messages).any(1).any(1)
-    assert 500 < from_anyone.sum() < PROCESSES  # or no piece was empty, or most were
+    assert torch.stack(messages).any(1).any(1).sum() == WITH_ROWS
+    ranking, chosen = decision(expected, share)
+    cut = ranking[chosen].max()
     for seed in range(3):
         total = torch.zeros_like(expected)
         for rank in torch.randperm(PROCESSES, generator=torch.Generator().manual_seed(seed)).tolist():
             total += messages[rank]
         torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-        assert torch.equal(chosen(total, share), chosen(expected, share))
+        differ = decision(total, share)[1] != chosen
+        assert (ranking[differ] / cut - 1).abs().lt(1e-4).all()  # none but those between which noise decides
+        assert differ.sum() <= 2

@@ -68,6 +68,8 @@ def test_a_pretrained_model_is_planned_with_the_config_that_the_file_asks_for(pl
     run = {"model_type": None, "model_name_or_path": str(tmp_path / "model"), "max_steps": 200}
     for overrides, groups in (({}, 56), ({"num_hidden_layers": 1}, 28)):
         assert f"of {groups} groups go" in plan(**run, config_overrides=overrides)[1]
+    scratch = plan("--model", str(tmp_path / "model"), max_steps=200, config_overrides={"num_hidden_layers": 1})
+    assert "of 56 groups go" in scratch[1]  # what the file says of its own model is not said of another
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,11 @@ def test_a_pretrained_model_is_planned_with_the_config_that_the_file_asks_for(pl
         ([], {"image_size": None}, "write --image-size N"),
         ([], {"model_type": None}, "names no model"),
         ([], {"model_type": "nonsense"}, "no such model type"),
-        ([], {"config_overrides": {"hiden_size": 3}}, "vit has no field hiden_size"),
+        (
+            [],
+            {"config_overrides": {"hiden_size": 3}},
+            "unknown field of vit in config_overrides: hiden_size",
+        ),
         (
             [],
             {"geta": {"group_sparsty": 0.3}},

@@ -1,19 +1,11 @@
 import json
-from pathlib import Path
 
-import benchmark
-import benchmark_alignment
 import benchmark_inference
-import benchmark_kernels
 import inference_models
 import pytest
-import torch
 from inference_models import VARIANTS, load, save_all, workloads
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
-from hf_geta.checkpoint.integer import has_integer_kernel
-
-SCRIPTS = Path(benchmark.__file__).parent
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
 TINY_MODELS = {
     "vit": lambda: ViTForImageClassification(ViTConfig(**TINY, image_size=16, patch_size=8)),
@@ -68,32 +60,3 @@ def test_a_next_token_leaves_the_cache_as_long_as_it_was(tmp_path):
     step(), step(), handle.remove()
     prompt = inference_models.PROMPT_TOKENS
     assert lengths == [0, prompt, prompt]
-
-
-def test_a_size_is_compared_by_its_units(capsys):
-    figures = benchmark_alignment.main(["--sizes", "9", "16", "--rounds", "1", "--rows", "2"])
-    assert all(by_size[16] == 1 and by_size[9] > 0 for by_size in figures.values())
-    assert "| hidden units | 9 | 16 |" in capsys.readouterr().out
-
-
-def test_kernels_that_are_compared_make_the_same_product(capsys):
-    figures = benchmark_kernels.main(["--outputs", "64", "--inputs", "96", "--rows", "3", "--rounds", "1"])[3]
-    errors = {name: error for name, (_, error) in figures.items()}
-    assert len(errors) == 5
-    if not has_integer_kernel(torch.int8):  # without VNNI it may saturate
-        errors.pop(benchmark_kernels.INT8)
-    for name, error in errors.items():
-        assert error < 1e-2 if name.endswith("bfloat16") else error == 0, name
-    assert "| rows | 3 | largest error |" in capsys.readouterr().out
-
-
-def test_one_program_measures_every_topic(capsys):
-    assert set(benchmark.TOPICS) == {path.stem.removeprefix("benchmark_") for path in SCRIPTS.glob("benchmark_*.py")}
-    figures = benchmark.main(["alignment", "--sizes", "9", "16", "--rounds", "1", "--rows", "2"])
-    assert set(figures) == set(benchmark_alignment.KINDS)
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        benchmark.main(["--help"])
-    assert "--steps_per_stage" in capsys.readouterr().out  # of training, which goes without its name
-    with pytest.raises(SystemExit, match="there is no topic infrence; write one of training, inference"):
-        benchmark.main(["infrence"])

@@ -92,7 +92,7 @@ def test_streamed_lines_of_a_file_are_texts(tmp_path):
 
 
 def test_streamed_texts_shorter_than_a_block_are_said_to_be(tmp_path, encoder_folder, monkeypatch):
-    monkeypatch.setattr(run_clm, "AutoConfig", type("Any", (), {"from_pretrained": lambda _: None}))
+    monkeypatch.setattr(run_clm.ModelArguments, "pretrained_config", lambda _: None)
     monkeypatch.setattr(run_clm, "block_size_of", lambda *_: 30)
     for split in ("train", "validation"):
         (tmp_path / f"{split}.txt").write_text("what is a cat\n")
@@ -162,8 +162,19 @@ def test_pretrained_weights_train_with_the_config_that_was_asked_for(encoder_fol
     weights = AutoModel.from_pretrained(encoder_folder).state_dict()
     for name, tensor in model.base_model.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
-    with pytest.raises(ValueError, match="config_overrides: bert has no field attention_dropot"):
-        load_classifier(runs.ModelArguments(encoder_folder, config_overrides={"attention_dropot": 0}), ["a", "b"])
+    with pytest.raises(ValueError, match="change which weights .* start at random"):
+        load_classifier(runs.ModelArguments(encoder_folder, config_overrides={"intermediate_size": 8}), ["a", "b"])
+
+
+def test_overrides_of_a_model_from_scratch_are_not_those_of_pretrained_weights(tmp_path):
+    """A file names a model type; a flag, weights to start from instead."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path)
+    overrides = {"hidden_size": 32, "hidden_dropout_prob": 0.3}
+    arguments = ModelArguments(str(tmp_path), model_type="vit", config_overrides=overrides)
+    assert load_model(arguments, None, ["a", "b"]).config.hidden_size == 8
+    arguments = ModelArguments(str(tmp_path), config_overrides={"hidden_dropout_prob": 0.3})
+    assert load_model(arguments, None, ["a", "b"]).config.hidden_dropout_prob == 0.3
 
 
 def test_a_learning_rate_for_a_head_that_there_is_not_is_refused(tmp_path):

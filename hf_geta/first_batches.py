@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
 
@@ -37,6 +39,23 @@ def first_batches(
     return list(itertools.islice(loader, count))
 
 
-def column_names(dataset: Any) -> list[str]:
-    """What a sample of the data set has."""
-    return list(getattr(dataset, "column_names", None) or next(iter(dataset)))
+def refuse_unreadable(batches: Sequence[Mapping[str, Any]], model: nn.Module, labels: Sequence[str], data: Any) -> None:
+    """Refuse batches of which a model reads nothing but labels.
+
+    Args:
+        labels: the names that labels have in a batch.
+        data: the training data that the batches are of.
+
+    Raises:
+        ValueError: for those, and where there is no batch at all.
+    """
+    if not batches:
+        raise ValueError("the training dataset is empty: there is nothing to calibrate or to train on.")
+    if any(set(batch) <= set(labels) for batch in batches):
+        taken = [name for name in inspect.signature(model.forward).parameters if name not in (*labels, "kwargs")]
+        columns = getattr(data, "column_names", None) or next(iter(data))
+        raise ValueError(
+            f"the training data has {', '.join(columns)}, and nothing that {type(model).__name__} takes beside labels "
+            f"({', '.join(taken)}): rename the columns, or, where a data_collator makes its inputs of them, set "
+            "remove_unused_columns=False in TrainingArguments."
+        )

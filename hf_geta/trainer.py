@@ -7,7 +7,6 @@ compression's state to the logs, and saves the finalized model. Without a `geta_
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import os
 from pathlib import Path
@@ -24,7 +23,7 @@ from hf_geta.compress import create_optimizer, prepare_model, refuse_compressed,
 from hf_geta.config import GETAConfig
 from hf_geta.engines import refuse_unsupported
 from hf_geta.finalize import finalize_model, rounded_widths
-from hf_geta.first_batches import column_names, first_batches
+from hf_geta.first_batches import first_batches, refuse_unreadable
 from hf_geta.hub import card_fields, describe_training, pickled_without_token, push_while_training
 from hf_geta.measure import compression_report, float_inputs, measure_compression, output_difference
 from hf_geta.optim.finite import refuse_not_finite
@@ -167,16 +166,7 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         )
         # a model that will be cut waits for it on the CPU
         batches = [send_to_device(self._prepare_inputs(batch), self.model.device) for batch in found]
-        if not batches:
-            raise ValueError("the training dataset is empty: there is nothing to calibrate or to train on.")
-        if any(set(batch) <= set(self.label_names) for batch in batches):
-            known = (*self.label_names, "kwargs")
-            taken = [name for name in inspect.signature(self.model.forward).parameters if name not in known]
-            raise ValueError(
-                f"the training data has {', '.join(column_names(self.train_dataset))}, and nothing that "
-                f"{type(self.model).__name__} takes beside labels ({', '.join(taken)}): rename the columns, or, where "
-                "a data_collator makes its inputs of them, set remove_unused_columns=False in TrainingArguments."
-            )
+        refuse_unreadable(batches, self.model, self.label_names, self.train_dataset)
         return batches
 
     # -- while it trains ------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from hf_geta.checkpoint.models import first_line, skeleton_of
+from hf_geta.checkpoint.models import BUILD_ERRORS, first_line, skeleton_of
 from hf_geta.config import with_numbers
 from hf_geta.config_checks import refuse_unknown
 
@@ -44,7 +45,7 @@ def override(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrain
     refuse_unknown(f"field of {config.model_type} in config_overrides", overrides, known)
     try:
         return type(config).from_dict(config.to_dict(), **overrides)
-    except Exception as error:  # of whatever library checks the fields
+    except (*BUILD_ERRORS, StrictDataclassError) as error:
         raise ValueError(f"config_overrides: {config.model_type} does not take it: {first_line(error)}") from error
 
 

@@ -27,6 +27,7 @@ from run_question_answering import evaluate_answers
 from run_seq2seq import PairArguments, evaluate_texts, tokenize_pairs
 from splits import load_text_rows
 from texts import TextArguments, load_texts
+from texts import load_tokenizer as load_text_tokenizer
 from token_blocks import BlockArguments, block_size_of, stacked, token_blocks
 from token_blocks import load_texts as load_plain_texts
 from torch.utils.data import DataLoader
@@ -58,7 +59,7 @@ def evaluate_image_classification(folder: str, data: DataArguments, batch_size: 
 
 def evaluate_text_classification(folder: str, data: TextArguments, batch_size: int) -> dict[str, float]:
     """The scores of the classifier of texts in `folder`."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_text_tokenizer(folder)
     texts = load_texts(data).tokenized(tokenizer, data.max_length)
     model = _classifier(AutoModelForSequenceClassification, folder, texts.names)
     collator = DataCollatorWithPadding(tokenizer)
@@ -119,7 +120,10 @@ TASKS: dict[str, tuple[Any, Callable[[str, Any, int], dict[str, float]], str]] =
     "multiple-choice": (ChoiceArguments, evaluate_choices, "accuracy_norm"),
     "text-to-text": (PairArguments, evaluate_text_to_text, "rouge_l"),
 }
+OTHER_NAMES = {"perplexity": "language-modeling", "qa": "question-answering", "classification": "text-classification"}
+VOCABULARY_METRICS = ("perplexity", "accuracy_norm")  # of tasks that take logits over the vocabulary at every token
 PERCENT = ("f1", "rouge_l")  # metrics that are no shares
+BATCH_SIZE, LOGITS_BATCH_SIZE = 64, 8  # of any other; of these
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,10 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = read_report(options.folder)
     claimed = mapping_of(report, "evaluation")
     task = options.task or claimed.get("task") or "image-classification"
+    if isinstance(task, str):
+        task = OTHER_NAMES.get(task, task.replace("_", "-"))
     if task not in TASKS:
         raise ValueError(f"--task {clean(str(task))} is not known here; known are {', '.join(TASKS)}.")
     data_class, measure, metric = TASKS[task]
-    value = measure(options.folder, _data(data_class, options, claimed), options.batch_size)[metric]
+    batch_size = options.batch_size or (LOGITS_BATCH_SIZE if metric in VOCABULARY_METRICS else BATCH_SIZE)
+    value = measure(options.folder, _data(data_class, options, claimed), batch_size)[metric]
     label, form = METRICS[metric]
     print(f"measured: {label} {form.format(value)}")
     claim = figures_of(report, "compressed").get(metric)
@@ -180,11 +187,12 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure a saved model, and compare with what its card claims.")
     parser.add_argument("folder", metavar="FOLDER", help="a folder that save_pretrained wrote")
-    parser.add_argument("--task", help=f"one of {', '.join(TASKS)} (default: the report's)")
+    parser.add_argument("--task", help=f"one of {', '.join([*TASKS, *OTHER_NAMES])} (default: the report's)")
     for name, kind in {name: kind for task in TASKS.values() for name, kind in _kinds(task[0]).items()}.items():
         options = {"nargs": "+"} if kind is list else {"type": string_to_bool if kind is bool else kind}
         parser.add_argument(f"--{name}", **options, help="as in the task's run_*.py (default: the report's)")
-    parser.add_argument("--batch_size", type=int, default=64, help="examples at a time (default: 64)")
+    batches = f"examples at a time (default: {BATCH_SIZE}, of language models {LOGITS_BATCH_SIZE})"
+    parser.add_argument("--batch_size", type=int, help=batches)
     parser.add_argument("--tolerance", type=float, default=0.005, help="accepted difference, a share (default: 0.005)")
     return parser
 

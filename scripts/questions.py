@@ -14,7 +14,8 @@ from typing import Any
 import datasets
 import numpy as np
 import splits
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import texts
+from transformers import PreTrainedTokenizerBase
 
 OUTSIDE = -1  # offset of a token that is not of the context
 BOOKKEEPING = ("example", "offset_start", "offset_end")  # columns of windows that no model takes
@@ -44,7 +45,7 @@ class QuestionArguments(splits.DataArguments):
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer, padding to the right: answers are counted from the left."""
-    return AutoTokenizer.from_pretrained(name, padding_side="right")
+    return texts.load_tokenizer(name, padding_side="right")
 
 
 def load_questions(arguments: QuestionArguments) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -15,11 +15,10 @@ from typing import Any
 from classification import accuracy_of_prediction, evaluate_accuracy
 from run_arguments import parse_run
 from runs import ModelArguments, load_to_train, measure, run_program, train, trained_folder, write_report
-from texts import TextArguments, load_texts
+from texts import TextArguments, load_texts, load_tokenizer
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
     TrainingArguments,
@@ -31,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args, geta_config = parse_run((ModelArguments, TextArguments, TrainingArguments), argv)
     folder = trained_folder(model_args, args)
     set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
     texts = load_texts(data_args).tokenized(tokenizer, data_args.max_length)
     collator = DataCollatorWithPadding(tokenizer)
     trainer = None
     if args.do_train:
         trainer = train(
-            load_classifier(model_args, texts.names),
+            load_classifier(model_args, texts.names, tokenizer.pad_token_id),
             model_args,
             args,
             geta_config,
@@ -57,13 +56,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return entry
 
 
-def load_classifier(arguments: ModelArguments, classes: list[str]) -> PreTrainedModel:
+def load_classifier(arguments: ModelArguments, classes: list[str], pad_token_id: int | None = None) -> PreTrainedModel:
     """The pretrained model with one output for each class; a head of another size is left behind."""
     id2label = dict(enumerate(classes))
     label2id = {label: i for i, label in id2label.items()}
     return load_to_train(
         AutoModelForSequenceClassification,
         arguments,
+        pad_token_id,
         id2label=id2label,
         label2id=label2id,
         ignore_mismatched_sizes=True,

@@ -85,17 +85,23 @@ class ModelArguments:
         return override(read_config(str(self.model_name_or_path)), read_overrides(self.config_overrides))
 
 
-def load_to_train(auto_class: Any, arguments: ModelArguments, **options: Any) -> PreTrainedModel:
+def load_to_train(
+    auto_class: Any, arguments: ModelArguments, pad_token_id: int | None = None, **options: Any
+) -> PreTrainedModel:
     """The model of `arguments.model_name_or_path`, to be trained: a compressed one in float, at its pruned size.
 
     Args:
+        pad_token_id: what its batches are padded with, where its config does not say: a classifier looks for it.
         options: of `from_pretrained`, beside those of `arguments`.
 
     Raises:
         ValueError: for a config override that the model does not take, or that would change which weights it has.
     """
     name, overrides = str(arguments.model_name_or_path), read_overrides(arguments.config_overrides)
-    refuse_other_weights(read_config(name), overrides, auto_class.__name__, name)
+    config = read_config(name)
+    refuse_other_weights(config, overrides, auto_class.__name__, name)
+    if pad_token_id is not None and getattr(config.get_text_config(), "pad_token_id", None) is None:
+        options["pad_token_id"] = pad_token_id
     options |= {"dtype": arguments.dtype, **overrides}
     if is_compressed(name):
         logger.warning("%s is compressed: its weights are loaded in float, to be trained again.", name)

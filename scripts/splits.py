@@ -40,6 +40,9 @@ class DataArguments:
         default=None, metadata={"help": "Train on this many rows, drawn once with a fixed seed."}
     )
     max_eval_samples: int | None = dataclasses.field(default=None, metadata={"help": "Evaluate on this many rows."})
+    validation_split_percentage: float | None = dataclasses.field(
+        default=None, metadata={"help": "Of data with a train split alone: evaluate on this share of it, drawn once."}
+    )
 
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.data_dir is None:
@@ -72,7 +75,7 @@ class StreamArguments(DataArguments):
 
 
 def load_rows(arguments: DataArguments, streaming: bool = False) -> tuple[Any, Any]:
-    """(train, evaluation): the train split and the first of `EVAL_SPLITS` that there is.
+    """(train, evaluation): the train split and the first of `EVAL_SPLITS` that there is, or a part of the first.
 
     Where nothing trains, evaluation rows stand in for a train split that is not there: they name columns and classes.
 
@@ -88,8 +91,16 @@ def load_rows(arguments: DataArguments, streaming: bool = False) -> tuple[Any, A
         source = {"path": arguments.dataset_name, "name": arguments.dataset_config_name}
     found = datasets.load_dataset(**source, streaming=streaming)
     evaluation = next((name for name in EVAL_SPLITS if name in found), None)
+    if evaluation is None and "train" in found and arguments.validation_split_percentage is not None:
+        if streaming:
+            raise ValueError("validation_split_percentage draws from all rows, and a stream has them one by one.")
+        parts = found["train"].train_test_split(arguments.validation_split_percentage / 100, seed=0)
+        return parts["train"], parts["test"]
     if evaluation is None or ("train" not in found and arguments.trains):
-        raise ValueError(f"splits {', '.join(found)}: a train split and one of {', '.join(EVAL_SPLITS)} are needed.")
+        raise ValueError(
+            f"splits {', '.join(found)}: a train split and one of {', '.join(EVAL_SPLITS)} are needed, or, for a part "
+            "of the first as the second, validation_split_percentage."
+        )
     return _with_features(found["train" if "train" in found else evaluation]), _with_features(found[evaluation])
 
 

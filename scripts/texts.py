@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 import splits
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass
@@ -41,6 +41,18 @@ class LabelledTexts:
             split.map(encode, batched=True, remove_columns=self.columns) for split in (self.train, self.evaluation)
         )
         return dataclasses.replace(self, train=train, evaluation=evaluation)
+
+
+def load_tokenizer(name: str | None, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer, which pads: a decoder's mostly has no token for that, and takes its last one.
+
+    Args:
+        options: of `from_pretrained`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_texts(arguments: TextArguments) -> LabelledTexts:

@@ -128,13 +128,19 @@ def test_a_massive_activation_gets_the_bits_that_it_needs(tmp_path):
     assert [check for check in check_folder(tmp_path) if not check.holds] == []
 
 
-def test_compression_keeps_at_most_a_twentieth_of_the_models_bytes():
-    """At the shares of a run on a language model, in every step; so no copy of the weights is among it."""
+# As the configs of decoders and of encoders ask for.
+A_FIFTH = {"group_sparsity": 0.2, "granularity": "block", "quantize_embeddings": 8, "outlier_activation_bits": 16}
+HALF = {"group_sparsity": 0.5, "granularity": "channel"}
+
+
+@pytest.mark.parametrize("shares", [A_FIFTH, HALF], ids=["a fifth", "half"])
+def test_compression_keeps_at_most_a_twentieth_of_the_models_bytes(shares):
+    """In every step; so no copy of the weights is among it."""
     model = llama(hidden_size=256, intermediate_size=512, vocab_size=512).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     ids = torch.randint(0, 512, (2, 8), generator=torch.Generator().manual_seed(0))
-    config = GETAConfig(group_sparsity=0.2, weight_bits=[4, 4], activation_bits=[8, 8], granularity="channel")
+    config = GETAConfig(weight_bits=[4, 4], activation_bits=[8, 8], **shares)
     prepare_model(model, config, {"input_ids": ids})
     optimizer = create_optimizer(model, torch.optim.SGD(model.parameters(), lr=1e-3), total_steps=STEPS * 2)
     stages = set()

@@ -44,11 +44,16 @@ class Piece:
 
     Attributes:
         segment: its number.
-        index: (n,) int64 flat indices into the part of the parameter that is here.
+        held: (n,) flat indices into the part of the parameter that is here, int32 where they fit.
     """
 
     segment: int
-    index: Tensor
+    held: Tensor
+
+    @property
+    def index(self) -> Tensor:
+        """`held` as int64, which torch's indexing takes."""
+        return self.held.long()
 
 
 class Channels(NamedTuple):
@@ -122,7 +127,7 @@ class RedundantEntries:
         if blocks is None:
             return None
         parameter, tensor = self.parameters[piece.segment], self.tensors[piece.segment]
-        place = [piece.index // tensor.shape[1], piece.index % tensor.shape[1]]
+        place = list(_place(piece.index, tensor.shape))
         place = [index + local_range(parameter, dim).start for dim, index in enumerate(place)]
         place[blocks.dim] = blocks.block_of[place[blocks.dim]].long()
         return blocks.multipliers[place[0], place[1]].float() / MULTIPLIERS
@@ -150,8 +155,8 @@ class Chunk:
 
     def __init__(self, entries: RedundantEntries, pieces: list[Piece]) -> None:
         self.entries, self.pieces = entries, pieces
-        device = pieces[0].index.device
-        self.sizes = [len(piece.index) for piece in pieces]
+        device = pieces[0].held.device
+        self.sizes = [len(piece.held) for piece in pieces]
         self.lengths = torch.tensor(self.sizes, device=device)
         self.segments = torch.tensor([piece.segment for piece in pieces], device=device)
 
@@ -165,7 +170,7 @@ class Chunk:
         gradients = [local_gradient(self.entries.parameters[piece.segment]) for piece in self.pieces]
         return torch.cat(
             [
-                torch.zeros(size, device=piece.index.device) if grad is None else grad.take(piece.index).float()
+                torch.zeros(size, device=piece.held.device) if grad is None else grad.take(piece.index).float()
                 for piece, size, grad in zip(self.pieces, self.sizes, gradients, strict=True)
             ]
         )
@@ -211,7 +216,7 @@ class Chunk:
         for piece in self.pieces:
             scales, channels = grids.channel_scales[piece.segment], self.entries.channels[piece.segment]
             if scales is None or channels is None:
-                parts.append(values.new_ones(len(piece.index)))
+                parts.append(values.new_ones(len(piece.held)))
             else:
                 scale = channels.scale_of(scales, piece.index)
                 parts.append(scale if (m := self.entries.multipliers(piece)) is None else scale * m)

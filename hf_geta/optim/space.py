@@ -48,7 +48,7 @@ class Entries:
 
     Attributes:
         parameters: positions in `PruningSpace.parameters`, one per segment: of all that have such entries somewhere.
-        indices: flat indices into the part of each of those parameters that this process holds.
+        indices: flat indices into the part of each of those parameters that this process holds; int32 where they fit.
     """
 
     parameters: list[int]
@@ -165,7 +165,7 @@ class PruningSpace:
             mask = flags[grouped.local_ids].view(shape).expand(tensor.shape)
             masks[position] = mask | masks[position] if position in masks else mask
             kept[position] = kept.get(position, False) or bool(flags[grouped.group_ids].any())
-        indices = {i: mask.reshape(-1).nonzero().squeeze(1) for i, mask in masks.items() if kept[i]}
+        indices = {i: _positions(mask) for i, mask in masks.items() if kept[i]}
         return Entries(list(indices), list(indices.values()))
 
     def sum_per_group(self, value_of: Callable[[nn.Parameter], Tensor | None]) -> Tensor:
@@ -189,3 +189,9 @@ class PruningSpace:
         if sums:
             total.index_add_(0, torch.cat(ids) % (self.num_groups + 1), torch.cat(sums))
         return self.shards.sum_(total)[:-1]
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """The flat indices of what is set, which are held for a whole period: int32 where they fit."""
+    found = mask.reshape(-1).nonzero().squeeze(1)
+    return found.int() if mask.numel() <= torch.iinfo(torch.int32).max else found

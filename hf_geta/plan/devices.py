@@ -26,7 +26,7 @@ from hf_geta.quantization.outliers import OUTLIER_BYTES
 from hf_geta.quantization.quantizers import Quantizer
 
 # What is held of every redundant entry: its index, and in a step its value; of those of a chunk so many numbers more.
-INDEX_BYTES, VALUE_BYTES, CHUNK_VECTORS = 8, 4, 12
+INDEX_BYTES, VALUE_BYTES, CHUNK_VECTORS = 4, 4, 12
 
 SUM_BYTES = 4
 

@@ -60,6 +60,7 @@ CLASS_OF_KEY = {
     "max_answer_length": "AutoModelForQuestionAnswering",
     "n_best_size": "AutoModelForQuestionAnswering",
 }
+CLASSIFIER_KEYS = ("text_columns", "label_column", "max_length")  # of texts
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -219,9 +220,13 @@ def _config_of(values: Mapping[str, Any], model: str | None, image_size: int | N
 def _class_name(values: Mapping[str, Any], config: Any) -> str:
     if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return "AutoModelForImageClassification"
+    if named := next((name for key, name in CLASS_OF_KEY.items() if key in values), None):
+        return named
     if getattr(config, "is_encoder_decoder", False):
         return "AutoModelForSeq2SeqLM"
-    return next((name for key, name in CLASS_OF_KEY.items() if key in values), "AutoModelForSequenceClassification")
+    classes = getattr(config, "architectures", None) or [""]
+    decodes = classes[0].endswith("ForCausalLM") and not any(key in values for key in CLASSIFIER_KEYS)
+    return "AutoModelForCausalLM" if decodes else "AutoModelForSequenceClassification"
 
 
 def _training_arguments(values: Mapping[str, Any]) -> TrainingArguments:

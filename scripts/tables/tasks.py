@@ -16,13 +16,13 @@ from run_question_answering import evaluate_answers
 from run_text_classification import load_classifier
 from runs import load_to_train
 from texts import TextArguments, load_texts
+from texts import load_tokenizer as load_text_tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
 )
@@ -79,14 +79,14 @@ def _evaluation_batches(images: Images) -> Iterator[dict[str, Tensor]]:
 
 def _texts(settings: Mapping[str, Any], data_dir: str | None, prepared: Path) -> Task:
     model, arguments = model_arguments(settings["model"], data_dir), TextArguments(**_data(settings, data_dir))
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
+    tokenizer = load_text_tokenizer(model.model_name_or_path)
     texts, collator = (
         load_texts(arguments).tokenized(tokenizer, arguments.max_length),
         DataCollatorWithPadding(tokenizer),
     )
     return Task(
         AutoModelForSequenceClassification,
-        lambda: load_classifier(model, texts.names),
+        lambda: load_classifier(model, texts.names, tokenizer.pad_token_id),
         texts.train,
         collator,
         lambda model: evaluate_accuracy(model, DataLoader(texts.evaluation, TEXT_BATCH, collate_fn=collator)),

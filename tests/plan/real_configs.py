@@ -114,20 +114,20 @@ class RealModel:
     """A published model, and what is known of it.
 
     Attributes:
-        run: the file of configs/ that trains it; None where another program's file does.
+        run: the file of configs/ that trains it.
         published: parameters of the class that is trained.
         axes: (kind, groups) -> how many axes of them.
     """
 
     config: dict[str, Any]
-    run: str | None
+    run: str
     published: int
     axes: dict[tuple[str, int], int]
 
 
 REAL_MODELS = {
     "google-bert/bert-base-uncased": RealModel(
-        BERT_BASE, None, 108_893_186, {("attention_head", 12): 12, ("mlp", 3072): 12}
+        BERT_BASE, "bert_base-squad-w4a8-s50", 108_893_186, {("attention_head", 12): 12, ("mlp", 3072): 12}
     ),
     "google/vit-base-patch16-224": RealModel(
         VIT_BASE, "vit_base-imagenet-w4a8-s40", 86_567_656, {("attention_head", 12): 12, ("mlp", 3072): 12}

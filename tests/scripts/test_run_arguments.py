@@ -12,17 +12,17 @@ from questions import QuestionArguments
 from run_arguments import parse_run
 from run_seq2seq import PairArguments
 from texts import TextArguments
+from token_blocks import BlockArguments
 from transformers import TrainingArguments
 
-CONFIGS = sorted(
-    path for path in (Path(__file__).parents[2] / "configs").glob("*.yaml") if "-wikitext-" not in path.stem
-)
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 # Task, the second word of a config's name -> the program's own arguments; images for any other.
 TASKS = {
     "sentiment": TextArguments,
     "boolq": TextArguments,
     "squad": QuestionArguments,
     "cnn_dailymail": PairArguments,
+    "wikitext": BlockArguments,
 }
 PROGRAMS = [Path(runs.__file__).parent / f"run_{name}.py" for name in ("clm", "seq2seq", "question_answering")]
 PROGRAMS += [Path(runs.__file__).parent / f"run_{name}_classification.py" for name in ("image", "text")]

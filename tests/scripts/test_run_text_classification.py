@@ -1,5 +1,6 @@
 """Laws of a whole run on texts: from a YAML file to a compressed model that a fresh load evaluates alike."""
 
+import copy
 import json
 
 import evaluate_checkpoint
@@ -7,6 +8,7 @@ import pytest
 import run_text_classification
 import yaml
 from runs import COST_KEYS
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_geta.report import load_report
 
@@ -55,6 +57,20 @@ def test_a_loaded_classifier_is_measured_like_the_one_that_was_saved(compressed,
 def test_a_compressed_classifier_is_trained_again(compressed, folder):
     flags = ["--model_name_or_path", str(folder / "compressed"), "--compress", "false", "--max_steps", "1"]
     assert run(folder, "again", *flags)["parameters"] == compressed["parameters"]
+
+
+def test_a_decoder_whose_tokenizer_has_no_padding_classifies_batches(folder, word_tokenizer):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(word_tokenizer))).save_pretrained(folder / "decoder")
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(folder / "decoder")
+    assert AutoTokenizer.from_pretrained(folder / "decoder").pad_token is None
+    found = run(folder, "of-decoder", "--model_name_or_path", str(folder / "decoder"), "--head_learning_rate", "none")
+    assert evaluate_checkpoint.main([str(folder / "of-decoder"), "--data_dir", str(folder)]) == 0
+    config = AutoConfig.from_pretrained(folder / "of-decoder")
+    assert config.pad_token_id == word_tokenizer.convert_tokens_to_ids("[SEP]")
+    assert found["group_sparsity"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_the_dense_twin_of_texts_is_dense(folder):

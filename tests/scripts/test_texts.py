@@ -58,8 +58,23 @@ def test_a_test_split_stands_in_where_no_validation_is(tmp_path):
     _, evaluation = load_rows(TextArguments(data_dir=str(tmp_path)))
     assert evaluation[0]["text"] == "test"
     (tmp_path / "test-00000.jsonl").rename(tmp_path / "other.jsonl")
-    with pytest.raises(ValueError, match="splits .*other.*: a train split and one of validation, .* are needed"):
+    with pytest.raises(ValueError, match="splits .*other.*: a train split and one of validation, .* are needed, or"):
         load_rows(TextArguments(data_dir=str(tmp_path)))
+
+
+def test_of_a_train_split_alone_a_share_is_evaluated_the_same_whoever_asks(tmp_path):
+    rows = [{"text": str(i), "label": i % 2} for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = TextArguments(data_dir=str(tmp_path), validation_split_percentage=25)
+    train, evaluation = load_rows(arguments)
+    assert (len(train), len(evaluation)) == (30, 10)
+    assert sorted([*train["text"], *evaluation["text"]]) == sorted(row["text"] for row in rows)
+    claimed = arguments.claim("text-classification", "accuracy", 10)["evaluation"]
+    assert claimed["validation_split_percentage"] == 25
+    arguments.trains = False  # as who measures again
+    assert load_rows(arguments)[1]["text"] == evaluation["text"]
+    with pytest.raises(ValueError, match="a stream has them one by one"):
+        load_rows(arguments, streaming=True)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_decoder_whose_tokenizer_has_no_padding_classifies_batches(folder, wor
     tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
     tokenizer.save_pretrained(folder / "decoder")
     assert AutoTokenizer.from_pretrained(folder / "decoder").pad_token is None
-    found = run(folder, "of-decoder", "--model_name_or_path", str(folder / "decoder"), "--head_learning_rate", "none")
+    found = run(folder, "of-decoder", "--model_name_or_path", str(folder / "decoder"))
     assert evaluate_checkpoint.main([str(folder / "of-decoder"), "--data_dir", str(folder)]) == 0
     config = AutoConfig.from_pretrained(folder / "of-decoder")
     assert config.pad_token_id == word_tokenizer.convert_tokens_to_ids("[SEP]")

@@ -23,7 +23,7 @@ from hf_geta.quantization.quantizers import Quantizer
 
 logger = logging.getLogger(__name__)
 
-TOLERATED_ERROR = 0.05  # of the power of an input, position by position
+TOLERATED_ERROR = 0.01  # of the power of an input, position by position
 TIMES_THE_MEDIAN = 4  # where few bits cost every input of a model much, none stands out
 OUTLIER_BYTES = 8  # all-reduced per layer
 

@@ -154,6 +154,6 @@ def test_more_processes_take_fewer_steps_and_a_copy_of_the_gradients(file, plan)
     assert sent.gradients + sent.quantizer_gradients == shared.memory.gradients
     assert sent.decision == shared.groups
     forgotten = shared.dense.parameters - shared.ends[0].parameters
-    assert shared.memory.redundant == pytest.approx(8 * forgotten / GETA["pruning_periods"], abs=1)  # an int64 for each
+    assert shared.memory.redundant == pytest.approx(4 * forgotten / GETA["pruning_periods"], abs=1)  # an int32 for each
     assert "Sharded over 2 devices" in format_plan(shared)
     assert plan.communication is None

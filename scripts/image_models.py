@@ -63,7 +63,7 @@ def load_model(arguments: ModelArguments, processor: Any, class_names: list[str]
         ValueError: for a config override that the architecture does not take, or pretrained weights do not fit.
     """
     id2label = dict(enumerate(class_names))
-    labels = {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
+    labels: dict[str, Any] = {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
     if arguments.model_name_or_path is not None:
         if arguments.model_type is not None:  # of which the overrides are
             arguments = dataclasses.replace(arguments, config_overrides=None)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import multiprocessing
 import resource
 import statistics
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_training import resident_peak_bytes
+from benchmark_training import resident_peak_bytes, write_figures
 from inference_models import MODELS, VARIANTS, Variant, available, load, save_all, small_model, workloads
 
 Figures = dict[str, Any]
@@ -147,9 +146,7 @@ def main(argv: Sequence[str] | None = None) -> Figures:
     parser.add_argument("--output", default="outputs/inference.json", help="where the figures go")
     arguments = parser.parse_args(argv)
     figures = benchmark(arguments)
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures(figures, arguments.output)
     print(table(figures))
     return figures
 

@@ -214,11 +214,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = HfArgumentParser(BenchmarkArguments)  # type: ignore[arg-type]
     (arguments,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     figures = benchmark(arguments)
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures(figures, arguments.output)
     print(table(figures))
     return figures
+
+
+def write_figures(figures: dict[str, Any], path: str) -> None:
+    """The figures as JSON, in a folder that is made where there is none."""
+    output = Path(path)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

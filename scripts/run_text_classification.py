@@ -57,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def load_classifier(arguments: ModelArguments, classes: list[str], pad_token_id: int | None = None) -> PreTrainedModel:
-    """The pretrained model with one output for each class; a head of another size is left behind."""
+    """The pretrained model with one output for each class; a head of another size is left behind.
+
+    Args:
+        pad_token_id: as in `load_to_train`.
+    """
     id2label = dict(enumerate(classes))
     label2id = {label: i for i, label in id2label.items()}
     return load_to_train(

@@ -44,7 +44,7 @@ class LabelledTexts:
 
 
 def load_tokenizer(name: str | None, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer, which pads: a decoder's mostly has no token for that, and takes its last one.
+    """The tokenizer, which pads: a decoder's mostly has no token for that, and takes the one that ends a text.
 
     Args:
         options: of `from_pretrained`.

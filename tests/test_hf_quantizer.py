@@ -447,10 +447,8 @@ def test_a_file_that_lacks_a_packed_tensor_is_refused(tensor, tmp_path):
 def test_a_tied_bias_may_lie_under_its_other_name_but_not_be_missing(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    model, inputs = (
-        transformers.BertForMaskedLM(transformers.BertConfig(**sizes, vocab_size=30)),
-        {"input_ids": torch.arange(8).view(2, 4)},
-    )
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, vocab_size=30))
+    inputs = {"input_ids": torch.arange(8).view(2, 4)}
     torch.nn.init.normal_(model.cls.predictions.bias)
     prepare_model(model, GETAConfig(weight_bits=(4, 8), activation_bits=(8, 8), quantize_embeddings=8), inputs)
     small = finalize_model(model).eval()

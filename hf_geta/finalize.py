@@ -39,7 +39,8 @@ def finalize_model(model: PreTrainedModel, is_main_process: bool = True) -> PreT
 
     Args:
         is_main_process: whether this process will save the small model. Of a model in pieces every process makes the
-            call; those that write False hold one whole weight at a time, and get it on the meta device.
+            call, and holds one whole weight at a time; those that write True get the small model on the CPU, the others
+            on the meta device.
 
     Returns:
         A copy with physically smaller, packed layers and the manifest in its config; `save_pretrained` it and load
@@ -88,7 +89,7 @@ def _cut(model: PreTrainedModel, removed: Removed) -> Any:
 
 
 def _cut_in_pieces(model: PreTrainedModel, removed: Removed, here: bool) -> Any:
-    """As `_cut`, of a model that lies in pieces: gathered, cut and packed tensor by tensor."""
+    """As `_cut`, of a model that lies in pieces: gathered, cut, packed and put on the CPU tensor by tensor."""
     preparation = preparation_of(model)
     pieces = InPieces(model, here)
     small: Any = pieces.copy
@@ -97,7 +98,7 @@ def _cut_in_pieces(model: PreTrainedModel, removed: Removed, here: bool) -> Any:
         preparation.qadg.prune_and_describe_(small, removed)
     forget_preparation_(small)
     if preparation.config.weight_bits is not None:
-        pack_model_(small, pieces.read)
+        pack_model_(small, pieces.read, pieces.keep)
     pieces.fill_()
     return small
 

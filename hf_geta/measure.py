@@ -113,7 +113,9 @@ def compression_report(model: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def output_difference(model: nn.Module, small: nn.Module | None, inputs: Mapping[str, Any]) -> float:
-    """||small(x) - model(x)|| / ||model(x)|| over all floating outputs, both in eval mode.
+    """||small(x) - model(x)|| / ||model(x)|| over all floating outputs, both in eval mode, each on its own device.
+
+    Under an autocast of the model's device, `small` computes in the same precision.
 
     0 without `small`: then `model` computes for the processes that hold its other pieces, which have one to compare.
     """
@@ -123,8 +125,13 @@ def output_difference(model: nn.Module, small: nn.Module | None, inputs: Mapping
         module.training = training
     if small is None:
         return 0.0
-    outputs.append(list(float_tensors(small.eval()(**inputs)).values()))
-    difference = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(*outputs, strict=True))
+    home, device = next(model.parameters()).device.type, next(small.parameters()).device
+    there = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    precision = torch.autocast(device.type, torch.get_autocast_dtype(home), torch.is_autocast_enabled(home))
+    with precision:
+        outputs.append(list(float_tensors(small.eval()(**there)).values()))
+    pairs = [(a.float(), b.float().to(a.device)) for a, b in zip(*outputs, strict=True)]
+    difference = sum(float((a - b).square().sum()) for a, b in pairs)
     norm = sum(float(a.float().square().sum()) for a in outputs[0])
     return (difference / max(norm, torch.finfo(torch.float32).tiny)) ** 0.5
 

@@ -497,6 +497,9 @@ def test_a_distributed_run_of_one_process_ends_as_one_that_is_not_distributed(de
     assert weights.keys() == its_weights.keys()
     for name, expected in its_weights.items():
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=TOLERANCE, msg=name)
+    small = trainer.finalize()
+    # beside its pieces a device has no room for it
+    assert_all_on("cpu" if kind == "in pieces" else device, small)
     trainer.save_model(str(tmp_path / "small"))
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small", device_map={"": device})
     with torch.no_grad():

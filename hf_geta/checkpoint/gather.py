@@ -1,8 +1,8 @@
 """From a model that lies in pieces on several processes to one that is whole and small, one tensor at a time.
 
 The copy has all but the pieces; each parameter is made whole when it is asked for, cut to the groups that are kept,
-and packed, before the next one is. So no process ever holds more than one whole tensor of the large model; and one that
-takes part without wanting the small model drops each at once.
+packed and put into the host's memory, before the next one is. So no device ever holds more than one whole tensor beside
+its pieces; and a process that takes part without wanting the small model drops each at once.
 """
 
 from __future__ import annotations
@@ -69,15 +69,24 @@ class InPieces:
             value = value.index_select(dim, indices.to(value.device))
         return value
 
+    @staticmethod
+    def keep(value: Tensor) -> Tensor:
+        """A part of the small model where it stays: on the CPU; nothing of what is not wanted."""
+        return value if value.is_meta else value.cpu()
+
     def fill_(self) -> None:
-        """Give the copy's modules what `read` gives of the parameters that are still empty; tied ones stay tied."""
+        """Give the copy what `read` gives of the parameters that are still empty, and all of it a place on the CPU.
+
+        Tied parameters stay tied.
+        """
         filled: dict[nn.Parameter, nn.Parameter] = {}
         for module in self.copy.modules():
             for name, parameter in module._parameters.items():
                 if parameter in self._pieces:
                     if parameter not in filled:
-                        filled[parameter] = nn.Parameter(self.read(parameter), parameter.requires_grad)
+                        filled[parameter] = nn.Parameter(self.keep(self.read(parameter)), parameter.requires_grad)
                     module._parameters[name] = filled[parameter]
+        self.copy._apply(self.keep)
 
 
 @contextlib.contextmanager

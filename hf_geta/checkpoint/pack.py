@@ -25,12 +25,14 @@ from hf_geta.quantization.swap import check_ties
 WIDTH_TOLERANCE_BITS = 1e-3
 
 
-def _as_it_is(weight: Tensor) -> Tensor:
-    return weight
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @torch.no_grad()
-def pack_model_(model: PreTrainedModel, read: Callable[[Tensor], Tensor] = _as_it_is) -> PreTrainedModel:
+def pack_model_(
+    model: PreTrainedModel, read: Callable[[Tensor], Tensor] = _as_it_is, keep: Callable[[Tensor], Tensor] = _as_it_is
+) -> PreTrainedModel:
     """Turn every quantized layer into a packed one, and say so in `model.config`.
 
     Outputs stay the same up to rounding, and bit for bit after `set_backend_(model, "reference")`. Layers that share
@@ -39,6 +41,7 @@ def pack_model_(model: PreTrainedModel, read: Callable[[Tensor], Tensor] = _as_i
     Args:
         read: weight of a layer -> its value, asked for layer by layer, of weights that are not here (meta device). Of a
             value that is not here either, the packed layer stays empty.
+        keep: packed weight -> the same where it is to lie, before the next one is read.
 
     Returns:
         `model`, ready for `save_pretrained`.
@@ -55,7 +58,7 @@ def pack_model_(model: PreTrainedModel, read: Callable[[Tensor], Tensor] = _as_i
     pruned = read_manifest(model)
     packed = replace_with_packed_(model, manifests)
     for name, layer in packed.items():
-        _fill_(layer, layers[name], read)
+        _fill_(layer, layers[name], read, keep)
     tensors = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
     tensors -= {f"{name}.weight" for name in manifests}  # their shapes are in `layers`
     shapes = {tensor: shape for tensor, shape in pruned.shapes.items() if tensor in tensors}
@@ -76,7 +79,7 @@ def pack_layer(layer: QuantizedLayer) -> PackedLayer:
     kind = packed_class(layer)
     assert kind is not None
     packed = kind(layer, manifest)
-    _fill_(packed, layer, _as_it_is)
+    _fill_(packed, layer, _as_it_is, _as_it_is)
     return packed
 
 
@@ -127,7 +130,9 @@ def _whole_bits(what: str, quantizer: Quantizer) -> int:
     raise ValueError(f"{what} has {bits:.7g} bits: only whole widths can be packed; the cool-down rounds them.")
 
 
-def _fill_(packed: PackedLayer, layer: QuantizedLayer, read: Callable[[Tensor], Tensor]) -> None:
+def _fill_(
+    packed: PackedLayer, layer: QuantizedLayer, read: Callable[[Tensor], Tensor], keep: Callable[[Tensor], Tensor]
+) -> None:
     """Codes and step sizes per channel of a quantized layer into the empty packed one."""
     if packed.shared_with:
         return
@@ -137,7 +142,7 @@ def _fill_(packed: PackedLayer, layer: QuantizedLayer, read: Callable[[Tensor], 
         units = blocks.multipliers // multiplier_unit(packed.manifest.bits)
         packed._buffers["block_multipliers"] = pack_multipliers(units)
     if not (weight := read(layer.weight)).is_meta:
-        packed._buffers["weight"] = pack_codes(layer.weight_quantizer.codes(weight), packed.manifest.bits)
+        packed._buffers["weight"] = keep(pack_codes(layer.weight_quantizer.codes(weight), packed.manifest.bits))
 
 
 def _step_sizes(layer: QuantizedLayer) -> Tensor:

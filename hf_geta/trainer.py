@@ -265,7 +265,8 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         """
         with preserved_rng():
             inputs = self._calibration_batches(1)[0]
-        set_backend_(small, "reference")  # it is the graph that is checked, not a kernel's rounding or the inputs'
+        set_backend_(small, "packed")  # one decoded weight at a time: there may be no room for all
+        # it is the graph that is checked, and not what rounds inputs
         in_float, precision = (float_inputs(self.model), float_inputs(small)), self.accelerator.autocast()
         with rounded_widths(self.model), in_float[0], in_float[1], precision:  # in which the masked model computes
             difference = output_difference(self.model, small if here else None, inputs)

@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import hf_geta
 from hf_geta import GETAConfig, GETAQuantizationConfig, GETATrainer
@@ -289,5 +290,9 @@ def latency_ms(model: PreTrainedModel, example: Mapping[str, torch.Tensor], repe
 
 
 def weight_bytes(folder: str | Path) -> int:
-    """Bytes of a checkpoint's weight files."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    """Bytes of the files that `from_pretrained` reads; what lies beside them in another layout does not count."""
+    index = Path(folder) / SAFE_WEIGHTS_INDEX_NAME
+    names = {SAFE_WEIGHTS_NAME}
+    if not (Path(folder) / SAFE_WEIGHTS_NAME).exists() and index.exists():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sum(file.stat().st_size for file in Path(folder).iterdir() if file.name in names)

@@ -227,3 +227,14 @@ def test_a_report_that_an_earlier_model_left_says_nothing_of_a_dense_one(tmp_pat
         runs.train(model, arguments, arguments_of(tmp_path), GETAConfig(), train_dataset=[])
     compressed_resnet(tmp_path)
     assert report_of(str(tmp_path))["compressed"]
+
+
+@pytest.mark.parametrize("shards", ["5GB", "10KB"], ids=["one file", "several"])
+def test_weights_that_lie_there_twice_count_once(tmp_path, shards):
+    """As on the Hub, where some models have a consolidated.safetensors for another program beside their shards."""
+    model = ResNetForImageClassification(ResNetConfig(**RESNET))
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) == 1) == (shards == "5GB")
+    (tmp_path / "consolidated.safetensors").write_bytes(bytes(10**6))
+    assert runs.weight_bytes(tmp_path) == sum(file.stat().st_size for file in files)

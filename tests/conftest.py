@@ -20,6 +20,14 @@ def pytest_ignore_collect(collection_path, config):
     return (is_other and config.option.markexpr == "gpu") or None
 
 
+@pytest.fixture
+def own_compiler_settings(monkeypatch):
+    """Takes back what TrainingArguments with `torch_compile` leave in the environment for accelerate below 1.2."""
+    for variable in ("BACKEND", "MODE", "USE_FULLGRAPH", "USE_DYNAMIC"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{variable}", "")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{variable}")
+
+
 @pytest.fixture(scope="session")
 def compressed_folder(tmp_path_factory):
     """Read only: copy it before you change it."""

@@ -85,6 +85,25 @@ def test_accumulated_gradients_take_the_steps_of_whole_batches(plain, tmp_path):
     assert losses[-1] < 0.85 * losses[0]
 
 
+@pytest.mark.usefixtures("own_compiler_settings")
+def test_a_compiled_run_learns_the_same_and_its_loaded_model_writes_what_the_one_in_memory_does(tmp_path):
+    one_layer = {"num_hidden_layers": 1, "intermediate_size": 50}  # tracing takes a while
+    _, expected = train(tmp_path, llama(**one_layer))
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer, losses = train(tmp_path, llama(**one_layer), **compiled)
+    assert isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
+    assert losses == pytest.approx(expected, rel=3e-3)  # sums in another order, roundings that flip
+    assert_targets_are_met(trainer)
+    small, ids = trainer.finalize().eval(), blocks()[0]["input_ids"][None, :4]
+    trainer.save_model()
+    texts = []
+    for model in (small, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        torch.manual_seed(0)
+        texts.append(model.generate(ids, max_new_tokens=12, do_sample=True, use_cache=True, eos_token_id=None))
+    assert torch.equal(*texts)
+    assert len(set(texts[0][0, 4:].tolist())) > 3  # it says more than one thing
+
+
 def test_a_bfloat16_model_trains_with_float32_quantizers_and_loads_alike(tmp_path):
     llama().save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)  # rotations stay in float32

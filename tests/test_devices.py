@@ -193,6 +193,7 @@ def plain_losses(tmp_path_factory):
 
 
 @on_devices
+@pytest.mark.usefixtures("own_compiler_settings")
 @pytest.mark.parametrize("way", ["checkpointed", "compiled"])
 def test_a_run_that_is_computed_in_another_way_learns_the_same(device, way, plain_losses, tmp_path):
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager" if device == "cpu" else "inductor"}

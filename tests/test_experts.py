@@ -169,6 +169,21 @@ def test_a_loaded_model_computes_the_same_with_every_backend_and_saves_the_same_
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
+def test_the_text_is_that_of_the_masked_model_with_every_cache(models, tmp_path):
+    masked, small = models
+    small.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    for cache in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
+        text, *others = [
+            model.generate(PROMPTS, attention_mask=torch.ones_like(PROMPTS), **options, **cache)
+            for model in (small, masked, loaded)
+        ]
+        assert all(torch.equal(text, other) for other in others), cache
+        assert text.shape == (2, 17)
+        assert len(set(text[0, 5:].tolist())) > 3  # it says more than one thing
+
+
 def test_packed_experts_decode_one_by_one_to_what_they_are_together(models):
     _, small = models
     for layer in small.modules():

@@ -114,11 +114,9 @@ def test_compiled_or_with_checkpointing_two_processes_end_as_one_without(ended, 
     check_same(ours, ended[0][1, "share"])
 
 
+@pytest.mark.usefixtures("own_compiler_settings")
 @pytest.mark.parametrize("name", ["compiled", "checkpointed", "reentrant"])
-def test_compiled_or_with_checkpointing_a_run_ends_the_same(ended, name, tmp_path, monkeypatch):
-    for variable in ("BACKEND", "MODE", "USE_FULLGRAPH", "USE_DYNAMIC"):  # which TrainingArguments sets for good
-        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{variable}", "")
-        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{variable}")
+def test_compiled_or_with_checkpointing_a_run_ends_the_same(ended, name, tmp_path):
     ours = run_variants.train(name, tmp_path)
     assert ours["compiled"] == (name == "compiled")
     check_same(ours, ended[0][1, "share"])

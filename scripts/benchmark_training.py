@@ -9,7 +9,7 @@ with the `geta` section of configs/smollm2-wikitext-w4a8-s20.yaml, in float32 or
 bfloat16. Plain and compressed runs take turns in one process, and every ratio is the median over the rounds of (median
 step of a stage / median plain step of the same round), so that a busy machine slows both sides. Peak memory is that of
 fresh processes, above what the imports take. Images are random numbers and texts random tokens: time does not depend
-on what they show, or only by how many inputs calibration finds wide.
+on what they show (calibration finds other wide inputs than on real texts, which cost what the others do).
 """
 
 from __future__ import annotations

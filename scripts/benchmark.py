@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What compression costs while a model trains and gains while it runs: all timings, mostly as ratios within one run.
 
-    python scripts/benchmark.py training      a training step over one of plain Trainer, stage by stage
+    python scripts/benchmark.py training      a training step over one of plain Trainer, by stage, of a ViT or a decoder
     python scripts/benchmark.py inference     latency, memory and load time of packed models over the dense one
     python scripts/benchmark.py kernels       torch's kernels for layers of 4-bit weights
     python scripts/benchmark.py alignment     sizes that are multiples of 8, 16 or 32, and others

@@ -2,11 +2,14 @@
 """What compression costs while it trains: GETATrainer over plain Trainer on the same model, as ratios.
 
     python scripts/benchmark.py training [--rounds 3] [--steps_per_stage 12] [--output outputs/training.json]
+    python scripts/benchmark.py training --model MODEL [--batch_size 4] [--length 256] [--bf16 true]
 
-A ViT of width 192 and depth 6 on 64 patches, batch 64. Plain and compressed runs take turns in one process, and every
-ratio is the median over the rounds of (median step of a stage / median plain step of the same round), so that a busy
-machine slows both sides. Peak memory is that of fresh processes, above what the imports take. Batches are random
-numbers: time does not depend on what they show.
+A ViT of width 192 and depth 6 on 64 patches, batch 64; or any causal language model, a folder or a name on the Hub,
+with the `geta` section of configs/smollm2-wikitext-w4a8-s20.yaml, in float32 or, with `--bf16 true`, autocast to
+bfloat16. Plain and compressed runs take turns in one process, and every ratio is the median over the rounds of (median
+step of a stage / median plain step of the same round), so that a busy machine slows both sides. Peak memory is that of
+fresh processes, above what the imports take. Images are random numbers and texts random tokens: time does not depend
+on what they show (calibration finds other wide inputs than on real texts, which cost what the others do).
 """
 
 from __future__ import annotations
@@ -23,29 +26,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_geta import GETAConfig, GETATrainer, build_qadg
 
 SKIPPED_STEPS = 2  # of every stage: caches fill, kernels compile
 PLAIN = "plain"
-VARIANTS: dict[str, dict[str, Any]] = {
-    "weights": {"weight_bits": [4, 8]},
-    "weights+activations": {"weight_bits": [4, 8], "activation_bits": [4, 8]},
-    "budget": {"weight_bits": [2, 8], "activation_bits": [2, 8], "target_bops": 0.01},
+VARIANTS = {
+    "weights": GETAConfig(weight_bits=[4, 8]),
+    "weights+activations": GETAConfig(weight_bits=[4, 8], activation_bits=[4, 8]),
+    "budget": GETAConfig(weight_bits=[2, 8], activation_bits=[2, 8], target_bops=0.01),
 }
+DECODER = "smollm2-wikitext-w4a8-s20"  # the config that language models are compressed by
+IMAGES, TEXTS = 64, 4  # in a batch
 
 
 @dataclasses.dataclass
 class BenchmarkArguments:
-    """How much is measured."""
+    """What is measured, and how much."""
 
+    model: str | None = dataclasses.field(
+        default=None, metadata={"help": "A causal language model instead of the ViT: a folder or a name on the Hub."}
+    )
     rounds: int = dataclasses.field(default=3, metadata={"help": "Times that every variant runs."})
     steps_per_stage: int = dataclasses.field(default=12, metadata={"help": "Optimizer steps of each stage."})
-    batch_size: int = dataclasses.field(default=64, metadata={"help": "Images in a batch."})
+    batch_size: int = dataclasses.field(
+        default=0, metadata={"help": f"Images (by default {IMAGES}) or texts (by default {TEXTS}) in a batch."}
+    )
+    length: int = dataclasses.field(default=256, metadata={"help": "Tokens of a text."})
+    bf16: bool = dataclasses.field(default=False, metadata={"help": "Compute in bfloat16, by autocast."})
     width: int = dataclasses.field(default=192, metadata={"help": "Hidden size of the ViT."})
     depth: int = dataclasses.field(default=6, metadata={"help": "Layers of the ViT."})
     output: str = dataclasses.field(default="outputs/training.json", metadata={"help": "Where the figures go."})
+
+    def __post_init__(self) -> None:
+        self.batch_size = self.batch_size or (TEXTS if self.model else IMAGES)
+
+    def variants(self) -> dict[str, GETAConfig]:
+        """The configs that are compared with plain training."""
+        if self.model is None:
+            return VARIANTS
+        return {DECODER: GETAConfig.from_file(Path(__file__).parent.parent / "configs" / f"{DECODER}.yaml")}
 
 
 class StepTimer(TrainerCallback):
@@ -79,8 +108,10 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def make_model(arguments: BenchmarkArguments) -> ViTForImageClassification:
+def make_model(arguments: BenchmarkArguments) -> PreTrainedModel:
     torch.manual_seed(0)
+    if arguments.model is not None:
+        return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     return ViTForImageClassification(
         ViTConfig(
             hidden_size=arguments.width,
@@ -94,30 +125,44 @@ def make_model(arguments: BenchmarkArguments) -> ViTForImageClassification:
     )
 
 
+def make_dataset(arguments: BenchmarkArguments, model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Four batches of what the model reads."""
+    generator, size = torch.Generator().manual_seed(0), 4 * arguments.batch_size
+    if arguments.model is None:
+        images = torch.randn(size, 3, 32, 32, generator=generator)
+        return [{"pixel_values": image, "labels": i % 10} for i, image in enumerate(images)]
+    texts = torch.randint(model.config.vocab_size, (size, arguments.length), generator=generator)
+    return [{"input_ids": text, "labels": text} for text in texts]
+
+
 def run(arguments: BenchmarkArguments, variant: str) -> StepTimer:
-    """Train once; `variant` is "plain" or a key of VARIANTS."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4 * arguments.batch_size, 3, 32, 32, generator=generator)
-    dataset = [{"pixel_values": image, "labels": i % 10} for i, image in enumerate(images)]
+    """Train once; `variant` is "plain" or a key of `arguments.variants()`."""
+    model = make_model(arguments)
     steps = arguments.steps_per_stage
     stages: dict[str, Any] = {"warmup_steps": steps, "projection_steps": steps, "joint_steps": steps}
-    geta_config = None if variant == PLAIN else GETAConfig(**VARIANTS[variant], **stages, pruning_periods=2)
+    # Two periods in a stage: the first step of each looks for new clips, which takes long and is rare in a real run.
+    periods: dict[str, Any] = {"bit_reduction": 6, "pruning_periods": 2}
+    geta_config = None
+    if variant != PLAIN:
+        geta_config = dataclasses.replace(arguments.variants()[variant], **stages, **periods)
     timer = StepTimer()
     with tempfile.TemporaryDirectory() as folder:
         trainer = GETATrainer(
-            model=make_model(arguments),
+            model=model,
             args=TrainingArguments(
                 output_dir=folder,
                 max_steps=2 * steps if variant == PLAIN else 4 * steps,
                 per_device_train_batch_size=arguments.batch_size,
                 learning_rate=1e-3,
+                bf16=arguments.bf16,
+                use_cpu=not torch.cuda.is_available(),  # for bf16 it has to be said
                 logging_strategy="no",
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
             ),
             geta_config=geta_config,
-            train_dataset=dataset,
+            train_dataset=make_dataset(arguments, model),
             callbacks=[timer],
         )
         timer.trainer = trainer
@@ -147,7 +192,8 @@ def _median(seconds: Sequence[float]) -> float:
 
 def qadg_seconds(arguments: BenchmarkArguments) -> float:
     model, times = make_model(arguments), []
-    inputs = {"pixel_values": torch.randn(arguments.batch_size, 3, 32, 32)}
+    batch = make_dataset(arguments, model)[: arguments.batch_size]
+    inputs = {model.main_input_name: torch.stack([example[model.main_input_name] for example in batch])}
     for _ in range(3):
         start = time.perf_counter()
         build_qadg(model, inputs)
@@ -178,8 +224,10 @@ def resident_peak_bytes() -> int:
 
 def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
     """All figures as plain values."""
-    names = [PLAIN, *VARIANTS]
-    run(dataclasses.replace(arguments, steps_per_stage=8), PLAIN)  # the process's first run is the slow one
+    variants = list(arguments.variants())
+    names = [PLAIN, *variants]
+    first = dataclasses.replace(arguments, steps_per_stage=min(8, arguments.steps_per_stage))
+    run(first, PLAIN)  # the process's first run is the slow one
     rounds = [{name: run(arguments, name) for name in names} for _ in range(arguments.rounds)]
     memory = {name: peak_bytes(arguments, name) for name in names}
     plain = statistics.median(_median(timers[PLAIN].steps[PLAIN]) for timers in rounds)
@@ -189,9 +237,9 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
         | {"threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.cuda.is_available()},
         "plain_step_ms": 1000 * plain,
         "plain_optimizer_step_ms": 1000 * plain_optimizer,
-        "step_ratio": {name: step_ratios(rounds, name, "steps") for name in VARIANTS},
-        "optimizer_step_ratio": {name: step_ratios(rounds, name, "optimizer_steps") for name in VARIANTS},
-        "peak_memory_ratio": {name: memory[name] / memory[PLAIN] for name in VARIANTS},
+        "step_ratio": {name: step_ratios(rounds, name, "steps") for name in variants},
+        "optimizer_step_ratio": {name: step_ratios(rounds, name, "optimizer_steps") for name in variants},
+        "peak_memory_ratio": {name: memory[name] / memory[PLAIN] for name in variants},
         "plain_peak_bytes": memory[PLAIN],
         "qadg_seconds": qadg_seconds(arguments),
     }
@@ -199,11 +247,12 @@ def benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
 
 def table(figures: dict[str, Any]) -> str:
     """Ratios to plain training as a Markdown table, one row for each stage."""
-    rows = [("over plain Trainer", list(VARIANTS)), ("---", ["---:"] * len(VARIANTS))]
+    variants = list(figures["step_ratio"])
+    rows = [("over plain Trainer", variants), ("---", ["---:"] * len(variants))]
     for key, label in (("step_ratio", "step"), ("optimizer_step_ratio", "optimizer step")):
-        for stage in figures[key]["weights"]:
-            rows.append((f"{label}, {stage}", [f"{figures[key][variant][stage]:.2f}x" for variant in VARIANTS]))
-    rows.append(("peak memory", [f"{figures['peak_memory_ratio'][variant]:.2f}x" for variant in VARIANTS]))
+        for stage in figures[key][variants[0]]:
+            rows.append((f"{label}, {stage}", [f"{figures[key][variant][stage]:.2f}x" for variant in variants]))
+    rows.append(("peak memory", [f"{figures['peak_memory_ratio'][variant]:.2f}x" for variant in variants]))
     lines = [f"| {label} | {' | '.join(cells)} |" for label, cells in rows]
     plain, optimizer = figures["plain_step_ms"], figures["plain_optimizer_step_ms"]
     times = f"plain step {plain:.1f} ms, its optimizer step {optimizer:.1f} ms"

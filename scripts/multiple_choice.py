@@ -1,4 +1,8 @@
-"""Does a language model find the right answer the likeliest? As lm-evaluation-harness' acc and acc_norm."""
+"""Does a language model find the right answer the likeliest? As lm-evaluation-harness' acc and acc_norm.
+
+The likelihood of every choice is the harness' own (0.4.13; tests/scripts/test_multiple_choice_agreement.py), but for
+models in bfloat16, whose softmax is in float32 here and there only if asked (`softmax_dtype`).
+"""
 
 from __future__ import annotations
 
@@ -88,24 +92,38 @@ def evaluate_multiple_choice(
     """
     if not questions:
         raise ValueError("there is no question to evaluate on.")
-    pairs = [
-        _encode(tokenizer, prompt.format(question=each.question), choice)
-        for each in questions
-        for choice in each.choices
-    ]
-    scores = iter(log_likelihoods(model, pairs, batch_size))
     right, right_norm = 0, 0
-    for question in questions:
-        sums = torch.tensor([next(scores) for _ in question.choices], dtype=torch.float64)
+    for question, scores in zip(questions, likelihoods_of_choices(model, tokenizer, questions, prompt, batch_size)):
+        sums = torch.tensor(scores, dtype=torch.float64)
         lengths = torch.tensor([len(choice) for choice in question.choices])
         right += int(sums.argmax()) == question.answer
         right_norm += int((sums / lengths).argmax()) == question.answer
     return {"accuracy": right / len(questions), "accuracy_norm": right_norm / len(questions)}
 
 
+def likelihoods_of_choices(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    prompt: str = PROMPT,
+    batch_size: int = 8,
+) -> list[list[float]]:
+    """ln p(" " + choice | prompt) of each question's choices, summed over their tokens."""
+    pairs = [
+        _encode(tokenizer, prompt.format(question=each.question), choice)
+        for each in questions
+        for choice in each.choices
+    ]
+    scores = iter(log_likelihoods(model, pairs, batch_size))
+    return [[next(scores) for _ in each.choices] for each in questions]
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> tuple[list[int], list[int]]:
-    """(tokens of the context, tokens that the choice adds): encoded together, since tokens may span the seam."""
-    before = tokenizer(context)["input_ids"]
+    """(tokens of the context, tokens that the choice adds): encoded together, since tokens may span the seam.
+
+    Blanks at the end of the context belong to the choice.
+    """
+    before = tokenizer(context.rstrip())["input_ids"]
     whole: Any = tokenizer(f"{context} {choice}")["input_ids"]
     return whole[: len(before)], whole[len(before) :]
 

@@ -1,12 +1,15 @@
 """Laws of the program that measures, and of its short topics."""
 
+import json
 from pathlib import Path
 
 import benchmark
 import benchmark_alignment
 import benchmark_kernels
+import benchmark_training
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_geta.checkpoint.integer import has_integer_kernel
 
@@ -23,6 +26,36 @@ def test_one_program_measures_every_topic(capsys):
     assert all(f"benchmark.py {topic} " in told for topic in benchmark.TOPICS)
     with pytest.raises(SystemExit, match="there is no topic infrence; write one of training, inference"):
         benchmark.main(["infrence"])
+
+
+@pytest.fixture
+def tiny_llama(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_a_language_model_is_trained_by_the_config_of_a_decoder_and_a_vit_by_three(tiny_llama):
+    (config,) = benchmark_training.BenchmarkArguments(model=tiny_llama).variants().values()
+    assert (config.granularity, config.outlier_activation_bits, config.quantize_embeddings) == ("block", 16, 8)
+    assert list(benchmark_training.BenchmarkArguments().variants()) == list(benchmark_training.VARIANTS)
+
+
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_every_stage_of_training_lands_in_the_table(kind, tiny_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_training, "peak_bytes", lambda arguments, variant: len(variant))  # no processes
+    flags = ["--rounds", "1", "--steps_per_stage", "6", "--batch_size", "2", "--output", str(tmp_path / "figures.json")]
+    llama = ["--model", tiny_llama, "--length", "8", "--bf16", "true"]
+    figures = benchmark.main(["training", *flags, *(["--width", "64", "--depth", "1"] if kind == "vit" else llama)])
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    assert len(figures["step_ratio"]) == (3 if kind == "vit" else 1)
+    for ratios in (*figures["step_ratio"].values(), *figures["optimizer_step_ratio"].values()):
+        assert list(ratios) == ["warm-up", "projection", "joint", "cool-down", "run"]
+        assert all(ratio > 0 for ratio in ratios.values())
+    assert len(benchmark_training.table(figures).splitlines()) == 2 + 5 + 5 + 1 + 2
+    assert "| step, joint |" in capsys.readouterr().out
 
 
 def test_a_size_is_compared_by_its_units(capsys):

@@ -123,7 +123,8 @@ def trace_fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     else:
         # What follows t and q_m, with x a constant; then x itself, with t and q_m constants.
         clipped = torch.clamp(value.detach() if learning else value, low, clip_max)
-        power = torch.sign(clipped) * torch.exp(exponent * clipped.abs().clamp(min=torch.finfo(dtype).tiny).log())
+        magnitude = clipped.abs().clamp(min=kernels.LEAST_MAGNITUDE)
+        power = torch.sign(clipped) * torch.exp2(exponent * torch.log2(magnitude))
         if learning:
             passed = torch.clamp(value, low.detach(), clip_max.detach())
             power = power + (passed - passed.detach())

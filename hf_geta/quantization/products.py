@@ -2,7 +2,8 @@
 
 A layer that rounds its operands and then multiplies keeps both rounded copies for the backward pass. Here x and the
 weight are kept as they are (the unquantized layer keeps them too) and rounded again: the same memory as without
-quantizers, and one gradient pass per operand.
+quantizers, and one gradient pass per operand. That pass rounds, too; so the operand that costs more to round goes
+first, and only the other one is rounded apart.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 
 from hf_geta.quantization import kernels
 from hf_geta.quantization.kernels import Grid
+
+WEIGHT_COST = 6  # what an entry of a weight, which has an exponent, takes to round, over one of an input
 
 
 class Product(Protocol):
@@ -95,38 +98,44 @@ class _QuantizedProduct(torch.autograd.Function):
         ctx.product, ctx.signed, ctx.bias_dtype = product, signed, None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, *scalars)
         x_grid, weight_grid = _grids(scalars, signed)
-        value = x if x_grid is None else kernels.forward(x, x_grid)
-        return product.forward(value, kernels.forward(weight, weight_grid), bias)
+        return product.forward(_rounded(x, x_grid), _rounded(weight, weight_grid), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *scalars = ctx.saved_tensors
-        x_grid, weight_grid = _grids(scalars, ctx.signed)
-        product = ctx.product
+        operands, grids = (x, weight), _grids(scalars, ctx.signed)
+        gradient_of = (ctx.product.grad_input, ctx.product.grad_weight)
         needs_x, needs_weight, needs_bias, needs_x_step, needs_x_clip, *needs_weight_grid = ctx.needs_input_grad[2:]
-        grad_x: Any = None
-        grad_weight: Any = None
-        grad_bias: Any = None
-        x_grid_grads: Any = (None, None)  # of d and q_m
-        weight_grid_grads: Any = (None,) * 4  # of d, q_m, t and s
-        value: Any = x
-        # Under autocast the product ran in the dtype of its result, whatever the operands are kept in.
-        if needs_x or needs_x_step or needs_x_clip:
-            rounded_weight = kernels.forward(weight, weight_grid).to(grad.dtype)
-            grad_x = product.grad_input(grad, x.to(grad.dtype), rounded_weight).to(x.dtype)
-            if x_grid is not None:
-                value, grads = kernels.backward(grad_x, x, x_grid, keep_value=True, overwrite_grad=True)
-                grad_x, *x_grid_grads = grads[:3]
-        elif x_grid is not None:
-            value = kernels.forward(x, x_grid)
-        if needs_weight or any(needs_weight_grid):
-            grad_weight = product.grad_weight(grad, value.to(grad.dtype), weight.to(grad.dtype)).to(weight.dtype)
-            grads = kernels.backward(grad_weight, weight, weight_grid, overwrite_grad=True)[1]
-            grad_weight, *weight_grid_grads = grads
-        if needs_bias:
-            grad_bias = product.grad_bias(grad).to(ctx.bias_dtype)
-        return None, None, grad_x, grad_weight, grad_bias, *x_grid_grads, *weight_grid_grads, None, None
+        needed = (needs_x or needs_x_step or needs_x_clip, needs_weight or any(needs_weight_grid))
+        values: list[Any] = [None, None]  # the rounded operands, of the dtype in which the product ran under autocast
+        gradients: list[Any] = [(None,) * 5] * 2  # of an operand and of its grid's d, q_m, t and s
+        first = int(needed[1] and (grids[0] is None or x.numel() < WEIGHT_COST * weight.numel()))
+        for one, other in ((first, 1 - first), (1 - first, first)):
+            if not needed[one]:
+                continue
+            if values[other] is None:
+                values[other] = _rounded(operands[other], grids[other]).to(grad.dtype)
+            itself = operands[one].to(grad.dtype)  # of which a product reads the shape
+            factors = (itself, values[other]) if one == 0 else (values[other], itself)
+            gradient = gradient_of[one](grad, *factors).to(operands[one].dtype)
+            keep_value = one == first and needed[other]
+            value, gradients[one] = _differentiated(gradient, operands[one], grids[one], keep_value)
+            values[one] = value.to(grad.dtype) if keep_value else None
+        (grad_x, *x_grid_grads), (grad_weight, *weight_grid_grads) = gradients
+        grad_bias = ctx.product.grad_bias(grad).to(ctx.bias_dtype) if needs_bias else None
+        return None, None, grad_x, grad_weight, grad_bias, *x_grid_grads[:2], *weight_grid_grads, None, None
+
+
+def _rounded(operand: Tensor, grid: Grid | None) -> Tensor:
+    return operand if grid is None else kernels.forward(operand, grid)
+
+
+def _differentiated(grad: Tensor, operand: Tensor, grid: Grid | None, keep_value: bool) -> tuple[Any, Any]:
+    """The rounded operand, if it is kept, and the gradients of the operand and of its grid; `grad` is overwritten."""
+    if grid is None:
+        return operand, (grad, None, None, None, None)
+    return kernels.backward(grad, operand, grid, keep_value, overwrite_grad=True)
 
 
 def _grids(scalars: Any, signed: bool) -> tuple[Grid | None, Grid]:

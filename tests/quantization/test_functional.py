@@ -162,6 +162,13 @@ def test_fake_quantize_is_odd_and_keeps_zero(exponent, channels):
     assert not fake_quantize(torch.zeros_like(x), *grid).any()
 
 
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 1.25])
+def test_no_power_of_a_zero_is_a_denormal_number(exponent):
+    """They are right, and take exp2 seven times as long; of a pruned weight half may be zeros."""
+    power = torch.exp2(exponent * torch.tensor(kernels.LEAST_MAGNITUDE).log2())
+    assert power >= torch.finfo(torch.float32).tiny
+
+
 def test_gradient_at_zero_is_finite():
     x, grid, signed = make(exponent=0.7)
     zeros = torch.zeros_like(x).requires_grad_()

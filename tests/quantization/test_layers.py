@@ -1,6 +1,7 @@
 """Laws of the quantized layers: what they compute, what they keep, and how they get into a model."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -24,6 +25,7 @@ from hf_geta.quantization import (
     Quantizer,
     QuantLinear,
     calibrate_,
+    products,
     quantize_modules_,
     quantized_layers,
 )
@@ -72,9 +74,12 @@ def vit(**options):
     return model, pixels
 
 
+@pytest.mark.parametrize("cost", [0, math.inf], ids=["input first", "weight first"])
 @pytest.mark.parametrize("inputs", [True, False])
 @pytest.mark.parametrize("kind", list(LAYERS))
-def test_a_quantized_layer_is_the_float_layer_on_rounded_operands(kind, inputs):
+def test_a_quantized_layer_is_the_float_layer_on_rounded_operands(kind, inputs, cost, monkeypatch):
+    """Whichever of the two is rounded by the pass of its own gradient."""
+    monkeypatch.setattr(products, "WEIGHT_COST", cost)
     layer, x = make(kind, inputs=inputs)
     x.requires_grad_()
     parameters = [x, *layer.parameters()]
@@ -113,7 +118,9 @@ def test_a_quantized_layer_keeps_what_the_float_layer_keeps(kind):
 
 
 @pytest.mark.parametrize("frozen", ["weight", "input", "quantizers"])
-def test_frozen_parts_get_no_gradient_and_change_no_other(frozen):
+@pytest.mark.parametrize("cost", [0, math.inf], ids=["input first", "weight first"])
+def test_frozen_parts_get_no_gradient_and_change_no_other(frozen, cost, monkeypatch):
+    monkeypatch.setattr(products, "WEIGHT_COST", cost)
     layer, x = make("linear")
     free, y = copy.deepcopy(layer), x.clone().requires_grad_()
     free(y).square().sum().backward()

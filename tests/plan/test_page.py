@@ -68,4 +68,5 @@ def test_the_figures_of_the_page_are_those_of_its_commands(model, tmp_path):
         (row,) = re.findall(rf"^\| {re.escape(words)}.*\|$", PAGE, re.MULTILINE)
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[len(cells) - len(MODELS) + MODELS.index(model)] == of_all_blocks(name), words
-    assert f"{of_all_blocks('file')} and " in PAGE
+    (files,) = re.findall(r"holds the small one, (.*) and (.*); with", PAGE)
+    assert files[MODELS.index(model)] == of_all_blocks("file")

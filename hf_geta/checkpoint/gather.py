@@ -86,7 +86,8 @@ class InPieces:
                     if parameter not in filled:
                         filled[parameter] = nn.Parameter(self.keep(self.read(parameter)), parameter.requires_grad)
                     module._parameters[name] = filled[parameter]
-        self.copy._apply(self.keep)
+        if self._here:
+            self.copy.to("cpu")
 
 
 @contextlib.contextmanager

@@ -264,10 +264,12 @@ def file_budget(
         for name, layer in quantized_layers(model).items()
         if layer.weight_quantizer.log_channel_scale is not None
     }
-    block_weights = {
-        f"{name}.weight" for name, layer in quantized_layers(model).items() if layer.weight_quantizer.blocks is not None
+    block_sizes = {
+        f"{name}.weight": layer.weight_quantizer.blocks.size
+        for name, layer in quantized_layers(model).items()
+        if layer.weight_quantizer.blocks is not None
     }
-    return size_budget(target_bytes, tensors, axes, quantizers.weight_rows, channel_dims, block_weights)
+    return size_budget(target_bytes, tensors, axes, quantizers.weight_rows, channel_dims, block_sizes)
 
 
 def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:

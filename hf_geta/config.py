@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_geta.config_checks import MAX_BITS, MIN_BITS, check_config, parse_bytes, refuse_unknown
+from hf_geta.config_checks import MAX_BITS, MIN_BITS, USUAL_BLOCK_SIZE, check_config, parse_bytes, refuse_unknown
 
 SECTION = "geta"  # of a file that holds more than a GETAConfig
 DEFAULT_GROUP_SPARSITY = 0.5
@@ -77,8 +77,15 @@ class GETAConfig:
     granularity: str = dataclasses.field(
         default="tensor",
         metadata={
-            "help": "One clip per weight 'tensor', per output 'channel', or per 'block' of 32 inputs of one (of linear "
+            "help": "One clip per weight 'tensor', per output 'channel', or per 'block' of inputs of one (of linear "
             "layers; elsewhere as 'channel'); the width is one per tensor."
+        },
+    )
+    weight_block_size: int = dataclasses.field(
+        default=USUAL_BLOCK_SIZE,
+        metadata={
+            "help": "Inputs of a block: 16, 32, 64 or 128. Smaller ones lose less at 4 bits and take more space; those "
+            "of 32 have a place in every format that hf-geta export writes."
         },
     )
     share_inputs: bool = dataclasses.field(

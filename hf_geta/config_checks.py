@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 GRANULARITIES = ("tensor", "channel", "block")
+BLOCK_SIZES = (16, 32, 64, 128)
+USUAL_BLOCK_SIZE = 32  # the default, and what a checkpoint means that names none
 SALIENCIES = ("magnitude", "taylor", "fisher", "mix")
 MIXED_SALIENCIES = SALIENCIES[:3]  # what "mix" mixes, in the order of `saliency_weights`
 OPTIONAL_AXES = ("query_head", "head_dim")  # kinds that are left alone unless they are asked for
@@ -46,6 +48,7 @@ def check_config(config: Any) -> None:
     if config.share_inputs and config.weight_bits is None:
         raise ValueError("share_inputs=True without weight_bits: there is no width to share; write weight_bits=(4, 8).")
     _check_choice("granularity", config.granularity, GRANULARITIES)
+    _check_blocks(config.weight_block_size, config.granularity)
     _check_choice("saliency", config.saliency, SALIENCIES)
     for kind in config.optional_axes:
         _check_choice("optional_axes", kind, OPTIONAL_AXES)
@@ -206,6 +209,16 @@ def _check_saliency_weights(saliency: str, weights: Any) -> None:
     if not are_numbers or len(weights) != len(MIXED_SALIENCIES) or min(weights) < 0 or sum(weights) <= 0:
         raise ValueError(
             f"saliency_weights={weights!r}: write three numbers, 0 or more, for {', '.join(MIXED_SALIENCIES)}."
+        )
+
+
+def _check_blocks(size: Any, granularity: str) -> None:
+    if not _is_whole(size) or size not in BLOCK_SIZES:
+        raise ValueError(f"weight_block_size={size!r}: choose one of {', '.join(map(str, BLOCK_SIZES))}.")
+    if size != USUAL_BLOCK_SIZE and granularity != "block":
+        raise ValueError(
+            f"weight_block_size={size} with granularity={granularity!r}, which has no blocks: write "
+            "granularity='block' or drop it."
         )
 
 

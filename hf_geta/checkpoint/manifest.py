@@ -17,10 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_geta.checkpoint.manifest_checks import QUANT_METHOD, check_fits, check_manifest, is_size
 from hf_geta.checkpoint.names import Rename, file_to_module, module_to_file
 from hf_geta.checkpoint.saving import save_compressed_
-from hf_geta.quantization.blocks import BLOCK
+from hf_geta.config_checks import USUAL_BLOCK_SIZE
 from hf_geta.quantization.experts import split_named_experts_
 
-FORMAT_VERSION = 2  # of what is read; blocks came with it, and what has none is written as version 1
+FORMAT_VERSION = 3  # of what is read; what is written has the first that knows all that it says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +28,17 @@ class LayerManifest:
     """One packed layer: the width of its weight, its shape as kept, its step size, and how its input is quantized.
 
     `step_size` is that of a granularity of "tensor"; those of channels are a tensor of the file, and run along
-    `channel_dim` of the shape (None: 0); so are the multipliers of a granularity of "block", one for every 32 entries
-    along the other dimension of a matrix. `shared_with` names the layer whose packed weight, step size included, this
-    one uses, where two layers share one. Step sizes are float32 numbers: Python's floats, and with them JSON, hold
-    each exactly.
+    `channel_dim` of the shape (None: 0); so are the multipliers of a granularity of "block", one for every `block_size`
+    entries along the other dimension of a matrix. `shared_with` names the layer whose packed weight, step size
+    included, this one uses, where two layers share one. Step sizes are float32 numbers: Python's floats, and with them
+    JSON, hold each exactly.
     """
 
     bits: int
     shape: tuple[int, ...]
     granularity: str = "tensor"
     channel_dim: int | None = None
+    block_size: int = USUAL_BLOCK_SIZE
     step_size: float | None = None
     activation_bits: int | None = None
     activation_signed: bool | None = None
@@ -52,11 +53,21 @@ class LayerManifest:
     @property
     def block_shape(self) -> tuple[int, ...]:
         """That of the multipliers, if there are any."""
-        return tuple(-(-size // BLOCK) if dim == self.block_dim else size for dim, size in enumerate(self.shape))
+        dim = self.block_dim
+        return tuple(-(-size // self.block_size) if each == dim else size for each, size in enumerate(self.shape))
+
+    @property
+    def format_version(self) -> int:
+        """The first that knows all that this entry says."""
+        if self.granularity != "block":
+            return 1
+        return 2 if self.block_size == USUAL_BLOCK_SIZE else 3
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; what does not apply to the layer is left out."""
         values = {**dataclasses.asdict(self), "shape": list(self.shape)}
+        if self.block_size == USUAL_BLOCK_SIZE:
+            del values["block_size"]
         return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
@@ -83,7 +94,7 @@ class Manifest:
         """The `quantization_config` of config.json, in plain JSON values and sorted by name."""
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION if any(e.granularity == "block" for e in self.layers.values()) else 1,
+            "format_version": max((layer.format_version for layer in self.layers.values()), default=1),
             "shapes": {name: list(shape) for name, shape in sorted(self.shapes.items())},
             "attributes": dict(sorted(self.attributes.items())),
             "layers": {name: layer.to_dict() for name, layer in sorted(self.layers.items())},

@@ -10,10 +10,18 @@ from typing import Any
 
 import torch
 
-from hf_geta.config_checks import GRANULARITIES, MAX_BITS, MIN_BITS
+from hf_geta.config_checks import BLOCK_SIZES, GRANULARITIES, MAX_BITS, MIN_BITS, USUAL_BLOCK_SIZE
 
 QUANT_METHOD = "geta"  # of a `quantization_config`, as transformers tells methods apart
 LONGEST_NAME = 200  # of a tensor, in a message
+# what an entry says of the weight, and what it means where it is left out
+OF_THE_WEIGHT = {
+    "bits": None,
+    "shape": None,
+    "granularity": "tensor",
+    "channel_dim": None,
+    "block_size": USUAL_BLOCK_SIZE,
+}
 
 
 def check_manifest(
@@ -40,6 +48,8 @@ def check_manifest(
         _check_layer(f"layers: {_cut(name)}", _cut(name), layer, layer_keys)
         if layer.get("granularity") == "block" and found < 2:
             raise ValueError(f"layers: {_cut(name)} has granularity='block', which format_version {found} has not.")
+        if (size := layer.get("block_size")) is not None and found < 3:
+            raise ValueError(f"layers: {_cut(name)} has block_size={size}, which format_version {found} has not.")
     for name, layer in layers.items():
         if layer.get("shared_with") is not None:
             _check_sharing(name, layer, layers)
@@ -75,6 +85,9 @@ def _check_layer(where: str, name: str, values: Any, keys: Collection[str]) -> N
     channel_dim = values.get("channel_dim")
     if granularity == "block" and (len(values["shape"]) != 2 or channel_dim not in (None, 1)):
         raise ValueError(f"{where} has granularity='block', which matrices have, and shape {_short(values['shape'])}.")
+    block_size: Any = values.get("block_size")
+    if block_size is not None and not (granularity == "block" and is_size(block_size) and block_size in BLOCK_SIZES):
+        raise ValueError(f"{where} has block_size={_short(block_size)}: it is one of {BLOCK_SIZES}, of blocks only.")
     if channel_dim is not None and not (granularity in ("channel", "block") and is_size(channel_dim)):
         raise ValueError(f"{where} has channel_dim={_short(channel_dim)}: it is 1 or more, of channels, or left out.")
     if not (isinstance(signed, bool) if quantizes_inputs else signed is None):
@@ -90,8 +103,7 @@ def _check_sharing(name: str, layer: Mapping[str, Any], layers: Mapping[str, Any
     shared_with = layer["shared_with"]
     owner = layers.get(shared_with) if isinstance(shared_with, str) else None
     same = owner is not None and all(
-        owner.get(key, default) == layer.get(key, default)
-        for key, default in (("bits", None), ("shape", None), ("granularity", "tensor"), ("channel_dim", None))
+        owner.get(key, default) == layer.get(key, default) for key, default in OF_THE_WEIGHT.items()
     )
     if owner is None or not same or owner.get("shared_with") is not None:
         raise ValueError(f"layers: {_cut(name)} is shared_with {_short(shared_with)}, which holds no such weight.")

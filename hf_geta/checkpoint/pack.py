@@ -15,6 +15,7 @@ from hf_geta.checkpoint.manifest import LayerManifest, Manifest, read_manifest, 
 from hf_geta.checkpoint.names import packed_tensors, save_as_they_are_
 from hf_geta.checkpoint.packing import highest_code, pack_codes, pack_multipliers
 from hf_geta.checkpoint.swap import packed_class, replace_with_packed_
+from hf_geta.config_checks import USUAL_BLOCK_SIZE
 from hf_geta.quantization.blocks import multiplier_unit
 from hf_geta.quantization.kernels import MULTIPLIERS
 from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
@@ -97,13 +98,15 @@ def _describe(layers: Mapping[str, QuantizedLayer]) -> dict[str, LayerManifest]:
         if not per_tensor and not ((sizes := _step_sizes(layer)).isfinite() & (sizes > 0)).all():
             raise ValueError(f"{name} has channels whose step size is not a positive float32 number.")
         bits = _whole_bits(f"{name}.weight", layer.weight_quantizer)
-        if granularity == "block" and not layer.weight_quantizer.blocks.can_be_packed(bits):  # type: ignore[union-attr]
+        blocks = layer.weight_quantizer.blocks
+        if blocks is not None and not blocks.can_be_packed(bits):
             raise ValueError(f"{name} has blocks that cannot be packed at {bits} bits: the cool-down chooses them.")
         manifests[name] = LayerManifest(
             bits=bits,
             shape=tuple(layer.weight.shape),
             granularity=granularity,
             channel_dim=None if per_tensor else layer.channel_dim or None,
+            block_size=USUAL_BLOCK_SIZE if blocks is None else blocks.size,
             step_size=float(layer.weight_quantizer.step_size) if per_tensor and owner == name else None,
             activation_bits=None if inputs is None else _whole_bits(f"the input of {name}", inputs),
             activation_signed=None if inputs is None else inputs.signed,

@@ -23,7 +23,7 @@ from hf_geta.checkpoint.packing import (
     unpack_multipliers,
     unpack_narrow,
 )
-from hf_geta.quantization.blocks import BLOCK, multiplier_unit
+from hf_geta.quantization.blocks import multiplier_unit
 from hf_geta.quantization.kernels import MULTIPLIERS
 
 SCALES = ("step_size", "block_multipliers")  # buffers
@@ -136,7 +136,9 @@ class PackedWeight(nn.Module):
     def _multipliers(self) -> Tensor | None:
         """`units_of_blocks` in the dense shape."""
         blocks, dim = self.units_of_blocks(), self.manifest.block_dim
-        return None if blocks is None else blocks.repeat_interleave(BLOCK, dim).narrow(dim, 0, self.manifest.shape[dim])
+        if blocks is None:
+            return None
+        return blocks.repeat_interleave(self.manifest.block_size, dim).narrow(dim, 0, self.manifest.shape[dim])
 
     @property
     def highest_multiplier(self) -> int:

@@ -6,7 +6,7 @@ The input of a layer stays rounded where it is at 8 bits, the one width that the
 weight is then stored at 8 bits as well.
 
     pack-quantized  weight_packed int32 (out, ceil(in * bits / 32)), weight_scale (out, 1), weight_shape (2,)
-                    with blocks of 32 inputs at 4 bits, weight_scale (out, in / 32)
+                    with blocks of n inputs at 4 bits, weight_scale (out, in / n)
     int-quantized   weight int8 (out, in), weight_scale (out, 1), input_scale (1,) and, unsigned, input_zero_point (1,)
 
 Source: the package compressed-tensors (`compressors/pack_quantized`, `compressors/naive_quantized`).
@@ -28,7 +28,6 @@ from transformers import PreTrainedModel
 from hf_geta.checkpoint.layers import PackedLayer, PackedLinear
 from hf_geta.export.plain import check_outputs, leave_inputs_in_float_, packed_weights, plain_model
 from hf_geta.graph.example_inputs import example_inputs
-from hf_geta.quantization.blocks import BLOCK
 from hf_geta.quantization.readers import readers_of_one_tensor
 
 WEIGHT_BITS = (4, 8)  # what integer kernels take
@@ -41,11 +40,11 @@ logger = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class Scheme:
     """How a layer is stored: the width of its weight, whether its input is rounded to a signed or unsigned grid, and
-    whether every 32 inputs have a scale of their own."""
+    how many inputs have a scale of their own."""
 
     bits: int
     input_signed: bool | None = None
-    has_blocks: bool = False
+    block_size: int | None = None
 
     @property
     def form(self) -> str:
@@ -109,17 +108,19 @@ def _schemes(layers: Mapping[str, PackedLinear], readers: Sequence[Sequence[str]
         inputs = {(each.activation_bits, each.activation_signed) for each in manifests}
         (input_bits, signed), *others = inputs
         scheme = Scheme(bits) if others or input_bits != INPUT_BITS else Scheme(WEIGHT_BITS[-1], signed)
-        if scheme.bits == WEIGHT_BITS[0] and any(each.granularity == "block" for each in manifests):
-            blocks_fill_rows = manifests[0].shape[1] % BLOCK == 0  # of all: they read one tensor
-            scheme = Scheme(bits, has_blocks=True) if blocks_fill_rows else Scheme(WEIGHT_BITS[-1])
+        sizes = {each.block_size for each in manifests if each.granularity == "block"}
+        if scheme.bits == WEIGHT_BITS[0] and sizes:
+            block_size = max(sizes)  # one GETAConfig has one
+            blocks_fill_rows = manifests[0].shape[1] % block_size == 0  # of all: they read one tensor
+            scheme = Scheme(bits, block_size=block_size) if blocks_fill_rows else Scheme(WEIGHT_BITS[-1])
             if not blocks_fill_rows:
                 logger.warning(
                     "%s: %d inputs are no multiple of %d, which blocks of 4 bits have to fill: stored at 8 bits. "
                     "Training with group_divisible=%d keeps such numbers.",
                     ", ".join(names),
                     manifests[0].shape[1],
-                    BLOCK,
-                    BLOCK,
+                    block_size,
+                    block_size,
                 )
         schemes.update(dict.fromkeys(names, scheme))
         if scheme.input_signed is not None and len({each.activation_step_size for each in manifests}) > 1:
@@ -135,10 +136,10 @@ def _store_(linear: nn.Module, packed: PackedLayer, scheme: Scheme) -> None:
     """Replace the weight of a plain layer by the tensors of the format; scales are float32, which loaders may cast."""
     rows, columns = packed.manifest.shape
     codes, step_sizes = packed.integers(), packed.step_sizes().reshape(-1, 1).expand(rows, 1)
-    if scheme.has_blocks:
+    if scheme.block_size is not None:
         by_block = packed.block_step_sizes()
         codes = packed.dense_codes()
-        step_sizes = step_sizes.expand(rows, columns // BLOCK) if by_block is None else by_block
+        step_sizes = step_sizes.expand(rows, columns // scheme.block_size) if by_block is None else by_block
     del linear.weight
     tensors: dict[str, Tensor] = {"weight_scale": step_sizes.clone()}
     if scheme.input_signed is None:
@@ -181,8 +182,8 @@ def _describe(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> dict[str
     groups = {}
     for number, scheme in enumerate(sorted(set(schemes.values()), key=str)):
         weights = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-        if scheme.has_blocks:
-            weights |= {"strategy": "group", "group_size": BLOCK}
+        if scheme.block_size is not None:
+            weights |= {"strategy": "group", "group_size": scheme.block_size}
         inputs = None
         if scheme.input_signed is not None:
             inputs = {"num_bits": INPUT_BITS, "type": "int", "symmetric": scheme.input_signed}

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hf_geta.checkpoint.layers import PackedLayer
-from hf_geta.export.ggml_blocks import BLOCK, block_type, to_blocks
+from hf_geta.export.ggml_blocks import BLOCK, WIDTHS, block_type, to_blocks
 from hf_geta.export.gguf_vocabulary import add_vocabulary
 from hf_geta.export.plain import float_tensors, leave_inputs_in_float_, packed_weights
 
@@ -125,19 +125,26 @@ def _add_tensors(writer: gguf.GGUFWriter, model: LlamaForCausalLM, shapes: Seque
         values = _arranged(name, tensor, shapes).float().numpy()
         data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
         if layer := packed.get(name):
-            codes, step_sizes = _arranged(name, layer.dense_codes(), shapes).numpy(), _step_sizes(layer, name, shapes)
-            if block := block_type(codes, step_sizes, layer.manifest.bits):
+            codes, step_sizes, bits = _codes(layer, name, shapes)
+            if block := block_type(codes, step_sizes, bits):
                 kind, data = block, to_blocks(codes, step_sizes, block)
         target = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         writer.add_tensor(target, data, raw_dtype=gguf.GGMLQuantizationType[kind])
 
 
-def _step_sizes(layer: PackedLayer, name: str, shapes: Sequence[_LayerShape]) -> NDArray[np.float32]:
-    """Those of rows, (out,), or of their blocks, (out, blocks): ours are ggml's, 32 inputs as they lie."""
-    by_block = layer.block_step_sizes()
-    if by_block is None:
-        return _arranged(name, layer.step_sizes().reshape(-1).expand(layer.manifest.shape[0]), shapes).numpy()
-    return (by_block if "down_proj" in name else _arranged(name, by_block, shapes)).numpy()
+def _codes(
+    layer: PackedLayer, name: str, shapes: Sequence[_LayerShape]
+) -> tuple[NDArray[np.int32], NDArray[np.float32], int]:
+    """Integers, their step sizes by row, (out,), or by ggml's block, (out, blocks), and how many bits they have."""
+    by_block, manifest = layer.block_step_sizes(), layer.manifest
+    if by_block is not None and manifest.block_size % BLOCK == 0:  # one or more of ggml's
+        codes, bits = layer.dense_codes(), manifest.bits
+        step_sizes = by_block.repeat_interleave(manifest.block_size // BLOCK, 1)[:, : -(-manifest.shape[1] // BLOCK)]
+        step_sizes = step_sizes if "down_proj" in name else _arranged(name, step_sizes, shapes)
+    else:
+        codes, bits = layer.integers(), manifest.bits if by_block is None else max(manifest.bits, WIDTHS["Q8_0"])
+        step_sizes = _arranged(name, layer.step_sizes().reshape(-1).expand(manifest.shape[0]), shapes)
+    return _arranged(name, codes, shapes).numpy(), step_sizes.numpy(), bits
 
 
 def _arranged(name: str, tensor: Tensor, shapes: Sequence[_LayerShape]) -> Tensor:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.packing import highest_code
-from hf_geta.quantization.blocks import BLOCK
 
 OPSET = 21  # the first with int4, int16 and blocks
 BITS_OF_INT4 = 4
@@ -64,7 +63,7 @@ class _QDQLayer(PackedLayer):
         assert step_size is not None
         along = {"axis": self.channel_dim} if step_size.ndim else {}
         if step_size.ndim == 2:
-            along = {"axis": self.manifest.block_dim, "block_size": BLOCK}
+            along = {"axis": self.manifest.block_dim, "block_size": self.manifest.block_size}
         return _emit("DequantizeLinear", (integers, step_size), torch.float32, integers.shape, **along)
 
     def forward(self, input: Tensor) -> Tensor:

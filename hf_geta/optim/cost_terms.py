@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from hf_geta.graph.qadg import Axis, Operation
 from hf_geta.optim.budget import Budget, CostTerm
-from hf_geta.quantization.blocks import BLOCK
 
 FLOAT_BITS = 32
 # What safetensors writes about a tensor beside its name: dtype, shape, offsets, and what rounding up to bytes adds.
@@ -53,7 +52,7 @@ def size_budget(
     axes: Sequence[Axis],
     weight_rows: Mapping[str, int],
     channel_dims: Mapping[str, int],
-    block_weights: Collection[str],
+    block_sizes: Mapping[str, int],
 ) -> Budget:
     """Bytes of the weight file: packed codes, float tensors in their own dtype, and at most what the header takes.
 
@@ -63,7 +62,7 @@ def size_budget(
         axes: the prunable axes, in the order of the removed counts.
         weight_rows: weight name -> row of its quantizer; the others stay in float.
         channel_dims: weight name -> dimension that has one float32 step size per entry; none with one per tensor.
-        block_weights: names of those whose channels have a multiplier of 4 bits for every 32 inputs.
+        block_sizes: names of those whose channels have a multiplier of 4 bits for every so many inputs.
     """
     terms, overhead = [], float(HEADER_BYTES)
     for name, tensor in tensors.items():
@@ -78,9 +77,9 @@ def size_budget(
             channels = (_owners(name, dim, tensor.shape[dim], axes),)
             overhead += ENTRY_BYTES + len(name)
             terms.append(CostTerm(4.0 * tensor.shape[dim], channels, ()))
-            if name in block_weights:
+            if name in block_sizes:
                 overhead += ENTRY_BYTES + len(name)
-                terms.append(CostTerm(tensor.numel() / BLOCK * MULTIPLIER_BYTES, dims, ()))
+                terms.append(CostTerm(tensor.numel() / block_sizes[name] * MULTIPLIER_BYTES, dims, ()))
                 terms.append(CostTerm(tensor.shape[dim] * MULTIPLIER_BYTES, channels, ()))  # of a block not full
     return Budget(tuple(terms), overhead, target_bytes)
 

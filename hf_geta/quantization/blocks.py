@@ -1,4 +1,4 @@
-"""Blocks: runs of 32 inputs of one output channel, with finer grids than their channel's where weights are smaller.
+"""Blocks: runs of inputs of one output channel, such as 32, with finer grids than their channel's for smaller weights.
 
 A channel's grid has to reach its largest weight; where most of the others are small, few of its points are near them.
 So every block rounds on the channel's grid scaled down by m / 16, m = 1 ... 16:
@@ -7,7 +7,7 @@ So every block rounds on the channel's grid scaled down by m / 16, m = 1 ... 16:
 
 Both factors are integers, so the product of code and m is one as well: of up to 8 bits, if m is a multiple of
 2^(b-4) where the width b is above 4. A layer therefore runs on int8 kernels as one without blocks does, and the file
-holds 4 bits more for every 32 weights. (Blocks of integers inside of an 8-bit grid: QServe, arXiv 2405.04532.)
+holds 4 bits more for every block. (Blocks of integers inside of an 8-bit grid: QServe, arXiv 2405.04532.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_geta.quantization.kernels import BLOCK, MULTIPLIERS, spread
+from hf_geta.quantization.kernels import MULTIPLIERS, Grid, spread
 from hf_geta.quantization.weight_clips import least_squares_clip
 
 
@@ -32,20 +32,21 @@ class Blocks(nn.Module):
     """The multipliers of a matrix and which block each of its inputs is in.
 
     At first inputs are in blocks as they lie. Where pruning has taken some, the rest is divided anew, so that a pruned
-    matrix has blocks of 32 inputs as they lie, too.
+    matrix has whole blocks of inputs as they lie, too.
 
     Args:
         shape: of the weight, (out, in) or (in, out).
         dim: which of the two counts inputs.
+        size: inputs of a block.
     """
 
     multipliers: Tensor  # uint8, the weight's shape with blocks for inputs
     block_of: Tensor  # int32, (in,)
     in_order: bool  # whether inputs are in blocks as they lie
 
-    def __init__(self, shape: Sequence[int], dim: int, device: torch.device | None = None) -> None:
+    def __init__(self, shape: Sequence[int], dim: int, size: int = 32, device: torch.device | None = None) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.size = dim, size
         self.register_buffer("multipliers", torch.empty(tuple(shape), dtype=torch.uint8, device=device))
         self.register_buffer("block_of", torch.empty(shape[dim], dtype=torch.int32, device=device))
         self.reset_()
@@ -53,20 +54,21 @@ class Blocks(nn.Module):
     @torch.no_grad()
     def reset_(self) -> None:
         """All on their channel's grid, in blocks as they lie."""
-        self.block_of.copy_(ids_in_order(self.block_of))
+        self.block_of.copy_(self._ids_in_order(self.block_of))
         self.in_order = True
         shape = list(self.multipliers.shape)
-        shape[self.dim] = -(-len(self.block_of) // BLOCK)
+        shape[self.dim] = -(-len(self.block_of) // self.size)
         self.multipliers = self.multipliers.new_full(shape, MULTIPLIERS)
 
     @property
-    def grid(self) -> tuple[Tensor, Tensor | None]:
+    def grid(self) -> tuple[Tensor, Tensor | None, int]:
         """The last arguments of `fake_quantize`."""
-        return self.multipliers, None if self.in_order else self.block_of
+        return self.multipliers, None if self.in_order else self.block_of, self.size
 
     def spread(self) -> Tensor:
         """m / 16 for every weight, float32."""
-        return spread(self.multipliers.float() / MULTIPLIERS, self.dim, self.block_of, 0, len(self.block_of))
+        whole = Grid(None, None, block_of=self.block_of)
+        return spread(self.multipliers.float() / MULTIPLIERS, self.dim, whole, 0, len(self.block_of))
 
     def can_be_packed(self, bits: int, kept: Tensor | None = None) -> bool:
         """Whether a layer of this width can be packed with them: inputs as they lie, and products of 8 bits.
@@ -77,7 +79,8 @@ class Blocks(nn.Module):
         if kept is None:
             self._find_order()
         block_of = self.block_of if kept is None else self.block_of[kept]
-        return torch.equal(block_of, ids_in_order(block_of)) and not (self.multipliers % multiplier_unit(bits)).any()
+        in_order = torch.equal(block_of, self._ids_in_order(block_of))
+        return in_order and not (self.multipliers % multiplier_unit(bits)).any()
 
     @torch.no_grad()
     def choose_(
@@ -90,12 +93,12 @@ class Blocks(nn.Module):
             importance: as in `least_squares_clip`.
             kept: (in,) bool; the others are removed. If some are, the kept ones are divided anew. None: all are kept.
         """
-        self.block_of.copy_(ids_in_order(self.block_of))
+        self.block_of.copy_(self._ids_in_order(self.block_of))
         self.in_order = kept is None or bool(kept.all())
         if kept is not None and not self.in_order:
             order = kept.cumsum(0, dtype=torch.int32) - 1
-            self.block_of.copy_(order.clamp_(min=0) // BLOCK)
-        rows = self._rows_of_blocks(weight, kept)  # (out * blocks, 32)
+            self.block_of.copy_(order.clamp_(min=0) // self.size)
+        rows = self._rows_of_blocks(weight, kept)  # (out * blocks, size)
         weights = None if importance is None else self._rows_of_blocks(importance.expand_as(weight), kept)
         clips = least_squares_clip(rows, bits, (len(rows), 1), weights)
         clips = clips.where(rows.any(1, keepdim=True), 0).view(weight.shape[1 - self.dim], -1)  # (out, blocks)
@@ -111,7 +114,7 @@ class Blocks(nn.Module):
         """Each block as a row, filled up with zeros, channel after channel."""
         matrix = matrix if self.dim == 1 else matrix.t()
         matrix = matrix if kept is None else matrix[:, kept]
-        return nn.functional.pad(matrix, (0, -matrix.shape[1] % BLOCK)).reshape(-1, BLOCK)
+        return nn.functional.pad(matrix, (0, -matrix.shape[1] % self.size)).reshape(-1, self.size)
 
     @torch.no_grad()
     def take_(self, dim: int, indices: Tensor) -> None:
@@ -124,9 +127,9 @@ class Blocks(nn.Module):
 
     def _find_order(self) -> None:
         """Find out whether inputs lie in order, which takes their numbers; then no block is left without inputs."""
-        self.in_order = torch.equal(self.block_of, ids_in_order(self.block_of))
+        self.in_order = torch.equal(self.block_of, self._ids_in_order(self.block_of))
         if self.in_order:
-            blocks = -(-len(self.block_of) // BLOCK)
+            blocks = -(-len(self.block_of) // self.size)
             self.multipliers = self.multipliers.narrow(self.dim, 0, blocks).contiguous()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -134,9 +137,8 @@ class Blocks(nn.Module):
         self._find_order()
 
     def extra_repr(self) -> str:
-        return f"shape={tuple(self.multipliers.shape)}, dim={self.dim}"
+        return f"shape={tuple(self.multipliers.shape)}, dim={self.dim}, size={self.size}"
 
-
-def ids_in_order(block_of: Tensor) -> Tensor:
-    """0, 0, ... 1, 1, ...: the blocks of inputs that are in their first order."""
-    return torch.arange(len(block_of), dtype=block_of.dtype, device=block_of.device) // BLOCK
+    def _ids_in_order(self, block_of: Tensor) -> Tensor:
+        """0, 0, ... 1, 1, ...: the blocks of inputs that are in their first order."""
+        return torch.arange(len(block_of), dtype=block_of.dtype, device=block_of.device) // self.size

@@ -46,6 +46,7 @@ def fake_quantize(
     signed: bool = True,
     multipliers: Tensor | None = None,
     block_of: Tensor | None = None,
+    block_size: int = 32,
 ) -> Tensor:
     """Q(x), in the shape and dtype of x, with gradients for x and for what the quantizer learns (GETA, Sec. 3).
 
@@ -61,12 +62,13 @@ def fake_quantize(
         channel_scale: positive, of shape (out, 1, ...) or (1, out): s above.
         signed: False clips x to [0, q_m] instead of [-q_m, q_m].
         multipliers: uint8, 1 ... 16, of shape (out, blocks) or (blocks, out): a block's scale is s multipliers / 16.
-        block_of: int32 (in,), the block of each input; None with `multipliers` means 32 inputs each, as they lie.
+        block_of: int32 (in,), the block of each input; None with `multipliers` means `block_size` inputs each, as they
+            lie.
 
     Only x is kept for the backward pass. While `torch.compile` or `torch.export` traces, the same function is spelled
     in elementwise operators.
     """
-    grid = Grid(step_size, clip_max, exponent, channel_scale, signed, multipliers, block_of)
+    grid = Grid(step_size, clip_max, exponent, channel_scale, signed, multipliers, block_of, block_size)
     return trace_fake_quantize(x, grid) if torch.compiler.is_compiling() else _FakeQuantize.apply(x, *grid)
 
 
@@ -79,19 +81,21 @@ def quantize_codes(
     signed: bool = True,
     multipliers: Tensor | None = None,
     block_of: Tensor | None = None,
+    block_size: int = 32,
 ) -> Tensor:
     """The integers k of `fake_quantize`: int32, the shape of x, |k| <= 2^(b-1) - 1 at a whole width b.
 
     `(step_size * channel_scale) * k`, in float32, is `fake_quantize(x)` bit for bit; with blocks, k times the exact
     multipliers / 16 in the place of k.
     """
-    return kernels.codes(x.detach(), Grid(step_size, clip_max, exponent, channel_scale, signed, multipliers, block_of))
+    grid = Grid(step_size, clip_max, exponent, channel_scale, signed, multipliers, block_of, block_size)
+    return kernels.codes(x.detach(), grid)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *grid: Any) -> Tensor:
-        *scalars, ctx.signed, multipliers, block_of = grid
+        *scalars, ctx.signed, multipliers, block_of, ctx.block_size = grid
         ctx.save_for_backward(x, *scalars, multipliers, block_of)
         return kernels.forward(x, Grid(*grid))
 
@@ -99,8 +103,8 @@ class _FakeQuantize(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *scalars, multipliers, block_of = ctx.saved_tensors
-        grid = Grid._make([*scalars, ctx.signed, multipliers, block_of])
-        return *kernels.backward(grad, x, grid)[1], None, None, None
+        grid = Grid._make([*scalars, ctx.signed, multipliers, block_of, ctx.block_size])
+        return *kernels.backward(grad, x, grid)[1], None, None, None, None
 
 
 def trace_fake_quantize(x: Tensor, grid: Grid) -> Tensor:
@@ -108,14 +112,14 @@ def trace_fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 
     The straight-through surrogate is literal: autograd of this expression gives the gradients documented there.
     """
-    step_size, clip_max, exponent, scale, signed, multipliers, block_of = grid
+    step_size, clip_max, exponent, scale, signed, multipliers, *_ = grid
     learning = torch.is_grad_enabled()
     dtype = kernels.compute_dtype(x)
     value = x if x.dtype == dtype else x.to(dtype)
     value = value if scale is None else value / scale
     if multipliers is not None:
         dim = kernels.other_dim(scale, x)
-        multipliers = kernels.spread(multipliers.to(dtype) / kernels.MULTIPLIERS, dim, block_of, 0, x.shape[dim])
+        multipliers = kernels.spread(multipliers.to(dtype) / kernels.MULTIPLIERS, dim, grid, 0, x.shape[dim])
         value = value / multipliers
     low = -clip_max if signed else torch.zeros_like(clip_max)
     if exponent is None:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 32  # inputs that share a multiplier, as in GGUF and MX
 MULTIPLIERS = 16  # what multipliers are fractions of
 BLOCK_NUMEL = 1 << 18  # 1 MiB of float32; the fastest of 2^14 ... 2^22 on 2 cores
 # Below it |x| counts as this much, whose powers are no denormal numbers: with those exp2 takes seven times as long, and
@@ -32,7 +31,8 @@ class Grid(NamedTuple):
     channel_scale: Any = None  # s, (out, 1, ...) or (1, out); None is 1
     signed: bool = True
     multipliers: Any = None  # 16 m, (out, blocks) or (blocks, out), integers; None is m = 1
-    block_of: Any = None  # (in,): the block of each input; None is 32 inputs each, as they lie
+    block_of: Any = None  # (in,): the block of each input; None is `block_size` inputs each, as they lie
+    block_size: int = 32
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -216,7 +216,7 @@ def _local(grid: Grid, x: Tensor, order: list[int] | None) -> Grid:
         multipliers = (multipliers if order is None else multipliers.permute(order)).to(compute_dtype(x)) / MULTIPLIERS
     read = _number if _readable(grid.step_size) else Tensor.detach
     step_size, clip_max, exponent = (None if tensor is None else read(tensor) for tensor in grid[:3])
-    return Grid(step_size, clip_max, exponent, scale, grid.signed, multipliers, grid.block_of)
+    return Grid(step_size, clip_max, exponent, scale, grid.signed, multipliers, grid.block_of, grid.block_size)
 
 
 def _readable(scalar: Tensor) -> bool:
@@ -234,24 +234,20 @@ def _at(grid: Grid, rows: slice, like: Tensor) -> Grid:
     if scale is None:
         return grid
     if multipliers is not None and other_dim(scale, like) == 1:
-        multipliers = spread(multipliers[rows], 1, grid.block_of, 0, like.shape[1])
+        multipliers = spread(multipliers[rows], 1, grid, 0, like.shape[1])
     elif multipliers is not None:
-        block_of = None if grid.block_of is None else grid.block_of[rows]
-        multipliers = spread(multipliers, 0, block_of, rows.start, len(like))
+        multipliers = spread(multipliers, 0, grid, rows.start, len(like))
     return grid._replace(channel_scale=scale if scale.shape[0] == 1 else scale[rows], multipliers=multipliers)
 
 
-def spread(multipliers: Tensor, dim: int, block_of: Tensor | None, start: int, length: int) -> Tensor:
-    """One number per block -> one per input, along `dim`, for the inputs start ... start + length - 1.
-
-    Args:
-        block_of: (length,) the blocks of these inputs; None: as they lie.
-    """
-    if block_of is not None:
-        return multipliers.index_select(dim, block_of)
-    first, last = start // BLOCK, (start + length - 1) // BLOCK
-    numbers = multipliers.narrow(dim, first, last - first + 1).repeat_interleave(BLOCK, dim)
-    return numbers.narrow(dim, start - first * BLOCK, length)
+def spread(numbers: Tensor, dim: int, grid: Grid, start: int, length: int) -> Tensor:
+    """One number per block of `grid` -> one per input, along `dim`, for the inputs start ... start + length - 1."""
+    if grid.block_of is not None:
+        return numbers.index_select(dim, grid.block_of[start : start + length])
+    size = grid.block_size
+    first, last = start // size, (start + length - 1) // size
+    numbers = numbers.narrow(dim, first, last - first + 1).repeat_interleave(size, dim)
+    return numbers.narrow(dim, start - first * size, length)
 
 
 def other_dim(scale: Tensor, x: Tensor) -> int:

@@ -86,27 +86,36 @@ def quantized_product(
     """`product.forward(Q(x), Q(weight), bias)`, Q as in `fake_quantize`; `x_grid=None` leaves x as it is."""
     signed = x_grid is None or x_grid.signed
     x_scalars = (None, None) if x_grid is None else x_grid[:2]
-    *weight_scalars, _, multipliers, block_of = weight_grid  # weights are signed
-    return _QuantizedProduct.apply(product, signed, x, weight, bias, *x_scalars, *weight_scalars, multipliers, block_of)
+    *weight_scalars, _, multipliers, block_of, block_size = weight_grid  # weights are signed
+    tensors = (x, weight, bias, *x_scalars, *weight_scalars, multipliers, block_of)
+    return _QuantizedProduct.apply(product, signed, block_size, *tensors)
 
 
 class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, product: Product, signed: bool, x: Tensor, weight: Tensor, bias: Tensor | None, *scalars: Any
+        ctx: Any,
+        product: Product,
+        signed: bool,
+        block_size: int,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *scalars: Any,
     ) -> Tensor:
-        ctx.product, ctx.signed, ctx.bias_dtype = product, signed, None if bias is None else bias.dtype
+        ctx.product, ctx.signed, ctx.block_size = product, signed, block_size
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, *scalars)
-        x_grid, weight_grid = _grids(scalars, signed)
+        x_grid, weight_grid = _grids(scalars, signed, block_size)
         return product.forward(_rounded(x, x_grid), _rounded(weight, weight_grid), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *scalars = ctx.saved_tensors
-        operands, grids = (x, weight), _grids(scalars, ctx.signed)
+        operands, grids = (x, weight), _grids(scalars, ctx.signed, ctx.block_size)
         gradient_of = (ctx.product.grad_input, ctx.product.grad_weight)
-        needs_x, needs_weight, needs_bias, needs_x_step, needs_x_clip, *needs_weight_grid = ctx.needs_input_grad[2:]
+        needs_x, needs_weight, needs_bias, needs_x_step, needs_x_clip, *needs_weight_grid = ctx.needs_input_grad[3:]
         needed = (needs_x or needs_x_step or needs_x_clip, needs_weight or any(needs_weight_grid))
         values: list[Any] = [None, None]  # the rounded operands, of the dtype in which the product ran under autocast
         gradients: list[Any] = [(None,) * 5] * 2  # of an operand and of its grid's d, q_m, t and s
@@ -124,7 +133,7 @@ class _QuantizedProduct(torch.autograd.Function):
             values[one] = value.to(grad.dtype) if keep_value else None
         (grad_x, *x_grid_grads), (grad_weight, *weight_grid_grads) = gradients
         grad_bias = ctx.product.grad_bias(grad).to(ctx.bias_dtype) if needs_bias else None
-        return None, None, grad_x, grad_weight, grad_bias, *x_grid_grads[:2], *weight_grid_grads, None, None
+        return None, None, None, grad_x, grad_weight, grad_bias, *x_grid_grads[:2], *weight_grid_grads, None, None
 
 
 def _rounded(operand: Tensor, grid: Grid | None) -> Tensor:
@@ -138,7 +147,7 @@ def _differentiated(grad: Tensor, operand: Tensor, grid: Grid | None, keep_value
     return kernels.backward(grad, operand, grid, keep_value, overwrite_grad=True)
 
 
-def _grids(scalars: Any, signed: bool) -> tuple[Grid | None, Grid]:
+def _grids(scalars: Any, signed: bool, block_size: int) -> tuple[Grid | None, Grid]:
     step_size, clip_max, *weight, multipliers, block_of = scalars
-    weight_grid = Grid._make([*weight, True, multipliers, block_of])
+    weight_grid = Grid._make([*weight, True, multipliers, block_of, block_size])
     return None if step_size is None else Grid(step_size, clip_max, signed=signed), weight_grid

@@ -163,7 +163,7 @@ def _weight_quantizer(
     widths = "quantize_embeddings" if is_embedding else "weight_bits"
     blocks = None
     if config.granularity == "block" and weight.ndim == 2 and weight.shape[channel_dim] > 1 and not is_embedding:
-        blocks = Blocks(weight.shape, 1 - channel_dim, weight.device)
+        blocks = Blocks(weight.shape, 1 - channel_dim, config.weight_block_size, weight.device)
     quantizer = Quantizer(shape, device=weight.device, widths=widths, blocks=blocks)
     quantizer.initialize_(weight, config.initial_bits)
     return quantizer

@@ -21,7 +21,7 @@ def read_weights(folder):
             along = [-1 if dim == layer.get("channel_dim", 0) else 1 for dim in range(len(layer["shape"]))]
             step_size = tensors[f"{owner}.step_size"].view("<f4").reshape(along)
         if layer.get("granularity") == "block":
-            integers *= multipliers(tensors[f"{owner}.block_multipliers"], layer["shape"], layer.get("channel_dim", 0))
+            integers *= multipliers(tensors[f"{owner}.block_multipliers"], layer)
         weights[name] = step_size * integers.astype(np.float32)
     return weights
 
@@ -39,12 +39,12 @@ def read_tensors(folder):
     return tensors
 
 
-def multipliers(stream, shape, channel_dim):
-    """Numbers of 4 bits, one less than the multiplier of 32 inputs of a channel, for every entry of a matrix."""
-    inputs = 1 - channel_dim
-    blocks = [-(-size // 32) if dim == inputs else size for dim, size in enumerate(shape)]
+def multipliers(stream, layer):
+    """Numbers of 4 bits, one less than the multiplier of a block of a channel, for every entry of a matrix."""
+    shape, inputs, block_size = layer["shape"], 1 - layer.get("channel_dim", 0), layer.get("block_size", 32)
+    blocks = [-(-size // block_size) if dim == inputs else size for dim, size in enumerate(shape)]
     numbers = (decode(stream, 4, blocks) & 15) + 1
-    return np.repeat(numbers, 32, axis=inputs)[: shape[0], : shape[1]]
+    return np.repeat(numbers, block_size, axis=inputs)[: shape[0], : shape[1]]
 
 
 def decode(stream, bits, shape):

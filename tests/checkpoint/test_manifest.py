@@ -61,7 +61,7 @@ def test_a_manifest_survives_json_and_is_these_values():
     assert Manifest.from_dict(json.loads(json.dumps(values))) == manifest
 
 
-def test_only_what_has_blocks_is_of_version_2():
+def test_only_what_has_blocks_is_of_version_2_and_of_another_size_of_version_3():
     manifest = Manifest(layers={"z": LayerManifest(4, (3, 40), "block"), "y": LayerManifest(4, (3, 4), "channel")})
     values = manifest.to_dict()
     assert values["format_version"] == 2
@@ -69,6 +69,13 @@ def test_only_what_has_blocks_is_of_version_2():
     assert Manifest.from_dict(json.loads(json.dumps(values))) == manifest
     assert manifest.layers["z"].block_shape == (3, 2)
     assert LayerManifest(4, (40, 3), "block", channel_dim=1).block_shape == (2, 3)
+    small = LayerManifest(4, (3, 40), "block", block_size=16)
+    manifest = Manifest(layers={**manifest.layers, "x": small})
+    values = manifest.to_dict()
+    assert values["format_version"] == 3
+    assert values["layers"]["x"] == {"bits": 4, "shape": [3, 40], "granularity": "block", "block_size": 16}
+    assert Manifest.from_dict(json.loads(json.dumps(values))) == manifest
+    assert small.block_shape == (3, 3)
 
 
 def test_a_step_size_may_be_written_as_a_whole_number():
@@ -94,8 +101,8 @@ def test_a_model_of_another_quantization_method_is_refused(model):
     ("values", "message"),
     [
         (
-            {"format_version": 3},
-            "format_version=3: this hf_geta reads versions 1 to 2; .* pip install --upgrade hf_geta",
+            {"format_version": 4},
+            "format_version=4: this hf_geta reads versions 1 to 3; .* pip install --upgrade hf_geta",
         ),
         ({"format_version": "1"}, "format_version='1': "),
         ({"format_version": True}, "format_version=True: "),
@@ -172,6 +179,18 @@ def test_a_model_of_another_quantization_method_is_refused(model):
         (
             {"format_version": 2, "layers": {"a": _layer(granularity="block", step_size=None, channel_dim=2)}},
             "a has granularity='block', which matrices have",
+        ),
+        (
+            {"format_version": 2, "layers": {"a": _layer(granularity="block", step_size=None, block_size=16)}},
+            "layers: a has block_size=16, which format_version 2 has not",
+        ),
+        (
+            {"format_version": 3, "layers": {"a": _layer(granularity="block", step_size=None, block_size=24)}},
+            r"layers: a has block_size=24: it is one of \(16, 32, 64, 128\), of blocks only",
+        ),
+        (
+            {"format_version": 3, "layers": {"a": _layer(block_size=16)}},
+            "layers: a has block_size=16: it is one of",
         ),
         ({"layers": {"a": _layer(granularity="row")}}, "layers: a has granularity='row': it is one of"),
         ({"layers": {"a": _layer(zero_point=3)}}, "layers: a has no zero_point; its keys are"),

@@ -64,12 +64,15 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
+@pytest.mark.parametrize(("granularity", "block_size"), [("tensor", 32), ("channel", 32), ("block", 32), ("block", 16)])
 @pytest.mark.parametrize("shard_size", ["1GB", "2KB"])
-def test_a_few_lines_of_numpy_read_the_weights_that_the_library_runs_with(kind, granularity, shard_size, tmp_path):
+def test_a_few_lines_of_numpy_read_the_weights_that_the_library_runs_with(
+    kind, granularity, block_size, shard_size, tmp_path
+):
     torch.manual_seed(0)
     model = MODELS[kind]()
-    quantize_modules_(model, GETAConfig(weight_bits=(2, 16), granularity=granularity, modules_to_not_convert=()))
+    values = {"granularity": granularity, "weight_block_size": block_size, "modules_to_not_convert": ()}
+    quantize_modules_(model, GETAConfig(weight_bits=(2, 16), **values))
     for i, layer in enumerate(quantized_layers(model).values()):
         if layer.weight_quantizer.bits > 15.9:  # not yet set, through a layer that shares it
             layer.weight_quantizer.set_bits_(2 + i % 15)

@@ -29,6 +29,7 @@ MODELS = {
     "weights": ("llama", {}, {}),
     "inputs": ("llama", {}, ROUNDED),
     "blocks": ("llama", {"hidden_size": 64}, {"granularity": "block"}),  # 12 hidden units are left: no whole block
+    "blocks of 16": ("llama", {"hidden_size": 64}, {"granularity": "block", "weight_block_size": 16}),
     "blocks, inputs": ("llama", {"hidden_size": 64}, ROUNDED | {"granularity": "block"}),
     "unsigned": ("vit", {"hidden_act": "relu"}, ROUNDED | {"granularity": "channel"}),
 }
@@ -107,18 +108,19 @@ def test_widths_go_up_to_4_or_8_bits_and_layers_of_one_product_have_one(exported
     assert written["ignore"] == ["lm_head"]
 
 
-def test_blocks_of_4_bits_are_groups_where_they_fill_rows(exported):
+@pytest.mark.parametrize(("name", "size"), [("blocks", 32), ("blocks of 16", 16)])
+def test_blocks_of_4_bits_are_groups_where_they_fill_rows(exported, name, size):
     root, models, _ = exported
-    layers = models["blocks"].config.quantization_config["layers"]
-    written = json.loads((root / "blocks" / "exported" / "config.json").read_text())["quantization_config"]
-    tensors = load_file(root / "blocks" / "exported" / "model.safetensors")
+    layers = models[name].config.quantization_config["layers"]
+    written = json.loads((root / name / "exported" / "config.json").read_text())["quantization_config"]
+    tensors = load_file(root / name / "exported" / "model.safetensors")
     stored = {name: group["weights"] for group in written["config_groups"].values() for name in group["targets"]}
     assert {weights["strategy"] for weights in stored.values()} == {"group", "channel"}
     for name, weights in stored.items():
         rows, columns = layers[name]["shape"]
         if weights["strategy"] == "group":
-            assert (weights["num_bits"], weights["group_size"], layers[name]["bits"] <= 4) == (4, 32, True)
-            assert tensors[f"{name}.weight_scale"].shape == (rows, columns // 32)
+            assert (weights["num_bits"], weights["group_size"], layers[name]["bits"] <= 4) == (4, size, True)
+            assert tensors[f"{name}.weight_scale"].shape == (rows, columns // size)
         else:
             assert weights["num_bits"] == 8
             assert tensors[f"{name}.weight_scale"].shape == (rows, 1)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from hf_geta import GETAConfig, finalize_model, prepare_model
 from hf_geta.checkpoint.models import load_model
+from hf_geta.config_checks import BLOCK_SIZES
 from hf_geta.export.formats import export_checkpoint
 from hf_geta.export.ggml_blocks import HALF_ROUNDING, block_type, to_blocks
 from hf_geta.export.gguf import write_gguf
@@ -22,6 +23,7 @@ from tests.quantization.random_blocks import draw_multipliers_
 IDS = {"input_ids": torch.arange(24).view(2, 12)}
 VALUES = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "bos_token_id": 1}
 VALUES |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 64}
+BLOCKS = [("block", size) for size in BLOCK_SIZES]  # of 16 inputs, d is its channel's
 
 
 def llama(**values):
@@ -29,9 +31,10 @@ def llama(**values):
     return LlamaForCausalLM(LlamaConfig(**{"vocab_size": 64, **VALUES, **values}, initializer_range=0.2)).eval()
 
 
-def exported(model, folder, removed=(), granularity="channel", dtype="auto"):
+def exported(model, folder, removed=(), granularity="channel", block_size=32, dtype="auto"):
     """The loaded checkpoint of a model without these (axis, groups), in 2 to 9 bits, and a reader of its GGUF file."""
-    prepare_model(model, GETAConfig(weight_bits=(2, 9), granularity=granularity), IDS)
+    values = {"granularity": granularity, "weight_block_size": block_size}
+    prepare_model(model, GETAConfig(weight_bits=(2, 9), **values), IDS)
     model.geta.qadg.zero_(model, {axis: list(range(count)) for axis, count in removed})
     for i, layer in enumerate(quantized_layers(model).values()):
         layer.weight_quantizer.set_bits_(2 + i % 8)
@@ -65,9 +68,10 @@ def test_what_no_block_holds_stays_in_float(bits, columns, step_size):
     assert block_type(codes, np.full(2, step_size, dtype=np.float32), bits) is None
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
-def test_transformers_reads_the_file_as_the_model_that_was_exported(tmp_path, granularity):
-    model, reader = exported(llama(tie_word_embeddings=granularity == "channel"), tmp_path, granularity=granularity)
+@pytest.mark.parametrize(("granularity", "size"), [("tensor", 32), ("channel", 32), *BLOCKS])
+def test_transformers_reads_the_file_as_the_model_that_was_exported(tmp_path, granularity, size):
+    model = llama(tie_word_embeddings=granularity == "channel")
+    model, reader = exported(model, tmp_path, granularity=granularity, block_size=size)
     assert value(reader, "general.architecture") == "llama"
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf").eval()
     with torch.no_grad():
@@ -76,10 +80,10 @@ def test_transformers_reads_the_file_as_the_model_that_was_exported(tmp_path, gr
     assert (logits - expected).norm() <= 14 * HALF_ROUNDING * expected.norm()
 
 
-@pytest.mark.parametrize("granularity", ["channel", "block"])
-def test_layers_of_different_sizes_are_a_deci_model_with_a_size_per_layer(tmp_path, granularity):
+@pytest.mark.parametrize(("granularity", "size"), [("channel", 32), *BLOCKS])
+def test_layers_of_different_sizes_are_a_deci_model_with_a_size_per_layer(tmp_path, granularity, size):
     removed = [("model.layers.1.self_attn.kv_groups", 1), ("model.layers.1.mlp.hidden", 40)]
-    model, reader = exported(llama(), tmp_path, removed, granularity)
+    model, reader = exported(llama(), tmp_path, removed, granularity, size)
     assert value(reader, "general.architecture") == "deci"
     assert value(reader, "deci.attention.head_count") == [8, 6]
     assert value(reader, "deci.attention.head_count_kv") == [4, 3]
@@ -98,9 +102,9 @@ def test_layers_of_different_sizes_are_a_deci_model_with_a_size_per_layer(tmp_pa
         assert not read[:, columns:].any()
 
 
-@pytest.mark.parametrize("granularity", ["channel", "block"])
-def test_rotated_pairs_are_neighbours(tmp_path, granularity):
-    model, reader = exported(llama(), tmp_path, granularity=granularity)
+@pytest.mark.parametrize(("granularity", "size"), [("channel", 32), *BLOCKS])
+def test_rotated_pairs_are_neighbours(tmp_path, granularity, size):
+    model, reader = exported(llama(), tmp_path, granularity=granularity, block_size=size)
     tensors = {one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in reader.tensors}
     for name, part in (
         ("attn_q", model.model.layers[1].self_attn.q_proj),

@@ -18,14 +18,14 @@ from hf_geta.quantization.layers import quantized_layers
 from tests.export.families import make_model
 from tests.quantization.random_blocks import draw_multipliers_
 
-# granularity, widths of the inputs
+# granularity, inputs of a block, width of the inputs
 CASES = {
-    "vit": ("channel", 8),
-    "bert": ("tensor", 4),
-    "resnet": ("channel", None),
-    "llama": ("tensor", None),
-    "llama with blocks": ("block", None),
-    "gpt2 with blocks": ("block", 8),
+    "vit": ("channel", 32, 8),
+    "bert": ("tensor", 32, 4),
+    "resnet": ("channel", 32, None),
+    "llama": ("tensor", 32, None),
+    "llama with blocks": ("block", 32, None),
+    "gpt2 with blocks": ("block", 16, 8),
 }
 CHANGES = {"llama with blocks": {"hidden_size": 72}}  # of the family's config: several blocks, the last not full
 
@@ -44,10 +44,11 @@ def compressed(family, folder, **values):
 @pytest.fixture(scope="module", params=CASES)
 def exported(request, tmp_path_factory):
     """A family's checkpoint and the folder that it was exported to."""
-    granularity, bits = CASES[request.param]
+    granularity, block_size, bits = CASES[request.param]
     source = tmp_path_factory.mktemp(request.param)
     widths = None if bits is None else (bits, bits)
-    compressed(request.param, source, granularity=granularity, activation_bits=widths)
+    values = {"granularity": granularity, "weight_block_size": block_size, "activation_bits": widths}
+    compressed(request.param, source, **values)
     export_checkpoint(source, source / "onnx", "onnx")
     return load_model(source).eval(), source / "onnx" / "model.onnx", bits
 

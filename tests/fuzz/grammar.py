@@ -182,6 +182,8 @@ def options(draw, has_embedding):
         if options["activation_bits"] is not None and max(options["activation_bits"]) < 16:
             options["outlier_activation_bits"] = one_of(None, None, 16)
         options["share_inputs"] = one_of(False, False, True)
+    if options["granularity"] == "block":
+        options["weight_block_size"] = 4
     options["uniform"] = one_of(*[False] * 11, True)
     options["optional_axes"] = one_of((), (), (), ("query_head",), ("head_dim",), ("query_head", "head_dim"))
     return options

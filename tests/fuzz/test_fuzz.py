@@ -10,9 +10,8 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from hf_geta.checkpoint import manifest, packed_weight
-from hf_geta.optim import cost_terms
-from hf_geta.quantization import blocks, kernels
+from hf_geta import config_checks
+from hf_geta.checkpoint import manifest_checks
 from tests.fuzz.grammar import models, runs
 from tests.fuzz.law import DIVERGED, check_cuts, run_or_refusal
 
@@ -32,8 +31,8 @@ DRAWN = settings(
 @pytest.fixture(autouse=True)
 def _blocks_of_4_inputs(monkeypatch):
     """So that matrices of few inputs have several blocks."""
-    for module in (kernels, blocks, packed_weight, manifest, cost_terms):
-        monkeypatch.setattr(module, "BLOCK", 4)
+    for module in (config_checks, manifest_checks):
+        monkeypatch.setattr(module, "BLOCK_SIZES", (4, 32))
 
 
 def test_a_random_run_is_refused_in_words_or_keeps_its_targets():

@@ -21,7 +21,11 @@ STEPS, TOKENS = 40, 50
 CONFIG = GETAConfig(
     group_sparsity=0.4, weight_bits=[4, 4], activation_bits=[8, 8], pruning_periods=3, granularity="block"
 )
-WIDTHS = {"4": {}, "5": {"weight_bits": [5, 5]}, "2 to 6": {"weight_bits": [2, 6], "share_inputs": True}}
+WIDTHS = {
+    "4": {},
+    "5": {"weight_bits": [5, 5], "weight_block_size": 16},
+    "2 to 6": {"weight_bits": [2, 6], "share_inputs": True},
+}
 
 
 def llama():

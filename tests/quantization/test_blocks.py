@@ -9,23 +9,24 @@ from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.checkpoint.pack import pack_layer
 from hf_geta.checkpoint.prune import slice_
 from hf_geta.config import GETAConfig
+from hf_geta.config_checks import BLOCK_SIZES
 from hf_geta.quantization import kernels
-from hf_geta.quantization.blocks import Blocks, ids_in_order, multiplier_unit
+from hf_geta.quantization.blocks import Blocks, multiplier_unit
 from hf_geta.quantization.functional import fake_quantize, quantize_codes, trace_fake_quantize
 from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.swap import quantize_modules_
 from hf_geta.quantization.weight_clips import least_squares_clip
 from tests.quantization.random_blocks import draw_multipliers_
 
-INPUTS = 70  # two whole blocks and a part of one
+INPUTS = 70  # of 32: two whole blocks and a part of one
 
 
-def make(transposed=False, bits=4, dtype=torch.float64):
+def make(transposed=False, bits=4, dtype=torch.float64, size=32):
     """A weight, (6, 70) or (70, 6), and a quantizer's d, q_m, t, s with entries inside and beyond the clip."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, INPUTS, generator=generator, dtype=dtype)
     scale = torch.rand(6, 1, generator=generator, dtype=dtype) + 0.5
-    multipliers = torch.randint(1, 17, (6, 3), generator=generator, dtype=torch.uint8)
+    multipliers = torch.randint(1, 17, (6, -(-INPUTS // size)), generator=generator, dtype=torch.uint8)
     if transposed:
         x, scale, multipliers = x.t().contiguous(), scale.t(), multipliers.t()
     clip_max, t = torch.tensor(1.1, dtype=dtype), torch.tensor(1.3, dtype=dtype)
@@ -33,10 +34,10 @@ def make(transposed=False, bits=4, dtype=torch.float64):
     return x.requires_grad_(), [tensor.clone().requires_grad_() for tensor in grid], multipliers
 
 
-def rounded(function, x, grid, multipliers, block_of=None):
+def rounded(function, x, grid, multipliers, block_of=None, size=32):
     if function == "fused":
-        return fake_quantize(x, *grid, True, multipliers, block_of)
-    return trace_fake_quantize(x, kernels.Grid(*grid, True, multipliers, block_of))
+        return fake_quantize(x, *grid, True, multipliers, block_of, size)
+    return trace_fake_quantize(x, kernels.Grid(*grid, True, multipliers, block_of, size))
 
 
 @pytest.fixture(params=[10**6, 100])
@@ -47,17 +48,19 @@ def cache(request, monkeypatch):
 @pytest.mark.parametrize("function", ["fused", "traced"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("order", ["in order", "divided anew", "of another memory order"])
-def test_a_block_rounds_as_a_matrix_of_its_own(function, transposed, order, cache):
-    x, grid, multipliers = make(transposed)
+@pytest.mark.parametrize("size", BLOCK_SIZES)
+def test_a_block_rounds_as_a_matrix_of_its_own(function, transposed, order, size, cache):
+    x, grid, multipliers = make(transposed, size=size)
+    count = multipliers.shape[0 if transposed else 1]
     dim = 0 if transposed else 1
     if order == "of another memory order":
         x = x.detach().t().contiguous().t().requires_grad_()
-    block_of = ids_in_order(torch.zeros(INPUTS, dtype=torch.int32))
+    block_of = torch.arange(INPUTS, dtype=torch.int32) // size
     if order == "divided anew":
-        block_of = torch.randint(0, 3, (INPUTS,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    value = rounded(function, x, grid, multipliers, block_of if order == "divided anew" else None)
+        block_of = torch.randint(0, count, (INPUTS,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    value = rounded(function, x, grid, multipliers, block_of if order == "divided anew" else None, size)
     alone = torch.zeros_like(x)
-    for block in range(3):
+    for block in range(count):
         inputs = (block_of == block).nonzero().squeeze(1)
         *scalars, scale = grid
         own = fake_quantize(x.index_select(dim, inputs), *scalars, scale * multipliers.narrow(dim, block, 1) / 16)
@@ -73,12 +76,13 @@ def test_a_block_rounds_as_a_matrix_of_its_own(function, transposed, order, cach
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_codes_times_multipliers_decode_to_the_fake_quantized_values_bit_for_bit(transposed, cache):
-    x, grid, multipliers = make(transposed, dtype=torch.float32)
-    codes = quantize_codes(x, *grid, True, multipliers)
+@pytest.mark.parametrize("size", BLOCK_SIZES)
+def test_codes_times_multipliers_decode_to_the_fake_quantized_values_bit_for_bit(transposed, size, cache):
+    x, grid, multipliers = make(transposed, dtype=torch.float32, size=size)
+    codes = quantize_codes(x, *grid, True, multipliers, None, size)
     dim = 0 if transposed else 1
-    exact = codes * multipliers.float().repeat_interleave(32, dim).narrow(dim, 0, INPUTS) / 16
-    assert torch.equal((grid[0] * grid[3]) * exact, fake_quantize(x, *grid, True, multipliers))
+    exact = codes * multipliers.float().repeat_interleave(size, dim).narrow(dim, 0, INPUTS) / 16
+    assert torch.equal((grid[0] * grid[3]) * exact, fake_quantize(x, *grid, True, multipliers, None, size))
 
 
 @pytest.mark.parametrize("function", ["fused", "traced"])
@@ -101,10 +105,12 @@ def test_half_precision_is_rounded_in_float32(function, transposed, dtype, cache
 
 @pytest.mark.parametrize("build", [lambda: nn.Linear(INPUTS, 6), lambda: Conv1D(6, INPUTS)])
 @pytest.mark.parametrize("order", ["in order", "divided anew"])
-def test_a_layer_with_blocks_is_the_product_of_what_is_rounded(build, order):
+@pytest.mark.parametrize("size", [16, 32])
+def test_a_layer_with_blocks_is_the_product_of_what_is_rounded(build, order, size):
     torch.manual_seed(0)
     model = nn.Sequential(build())
-    quantize_modules_(model, GETAConfig(weight_bits=(4, 8), activation_bits=(8, 8), granularity="block"))
+    blocks = {"granularity": "block", "weight_block_size": size}
+    quantize_modules_(model, GETAConfig(weight_bits=(4, 8), activation_bits=(8, 8), **blocks))
     (layer,) = quantized_layers(model).values()
     layer.weight_quantizer.set_bits_(4)
     layer.input_quantizer.set_range_(2.0, 8)
@@ -189,22 +195,25 @@ def test_at_4_bits_blocks_lose_less_than_their_channel():
     torch.manual_seed(0)
     sizes = torch.logspace(-1, 1, 128).repeat_interleave(2)
     errors = {}
-    for granularity in ("channel", "block"):
+    for granularity, size in (("channel", 32), ("block", 32), ("block", 16)):
         model = nn.Sequential(nn.Linear(256, 16))
         model[0].weight.data = torch.randn(16, 256, generator=torch.Generator().manual_seed(1)) * sizes
-        quantize_modules_(model, GETAConfig(weight_bits=(4, 4), granularity=granularity))
+        quantize_modules_(model, GETAConfig(weight_bits=(4, 4), granularity=granularity, weight_block_size=size))
         quantizer, weight = model[0].weight_quantizer, model[0].weight
         quantizer.move_clips_(weight, 16, 4)
         quantizer.set_bits_(4)
-        errors[granularity] = float((quantizer(weight) - weight).detach().square().sum())
-    assert errors["block"] < 0.5 * errors["channel"]
+        errors[granularity, size] = float((quantizer(weight) - weight).detach().square().sum())
+    assert errors["block", 32] < 0.5 * errors["channel", 32]
+    assert errors["block", 16] < 0.9 * errors["block", 32]
 
 
 @pytest.mark.parametrize("build", [lambda: nn.Linear(INPUTS, 6), lambda: Conv1D(6, INPUTS)])
-def test_inputs_that_are_left_are_divided_anew_and_then_lie_in_order(build):
+@pytest.mark.parametrize("size", [16, 32])
+def test_inputs_that_are_left_are_divided_anew_and_then_lie_in_order(build, size):
     torch.manual_seed(0)
     model = nn.Sequential(build())
-    quantize_modules_(model, GETAConfig(weight_bits=(4, 4), granularity="block"))
+    config = GETAConfig(weight_bits=(4, 4), granularity="block", weight_block_size=size)
+    quantize_modules_(model, config)
     (layer,) = quantized_layers(model).values()
     quantizer, dim = layer.weight_quantizer, 1 - layer.channel_dim
     kept = torch.rand(INPUTS, generator=torch.Generator().manual_seed(1)) < 0.7
@@ -213,21 +222,23 @@ def test_inputs_that_are_left_are_divided_anew_and_then_lie_in_order(build):
     assert not quantizer.blocks.can_be_packed(4)
     before = quantizer(layer.weight).index_select(dim, kept.nonzero().squeeze(1))
     again = nn.Sequential(build())
-    quantize_modules_(again, GETAConfig(weight_bits=(4, 4), granularity="block"))
+    quantize_modules_(again, config)
     again.load_state_dict(model.state_dict())  # a resumed run knows how they lie
     for each in (model, again):
         slice_(each, {"0.weight": {dim: kept.nonzero().squeeze(1)}})
         quantizer = each[0].weight_quantizer
         assert quantizer.blocks.can_be_packed(4)
-        assert quantizer.blocks.multipliers.shape[dim] == 2
+        assert quantizer.blocks.multipliers.shape[dim] == -(-int(kept.sum()) // size)
         assert torch.equal(quantizer(each[0].weight), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_packed_layer_runs_on_integers_with_blocks(dtype):
+@pytest.mark.parametrize("size", [16, 32])
+def test_a_packed_layer_runs_on_integers_with_blocks(dtype, size):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(INPUTS, 6))
-    quantize_modules_(model, GETAConfig(weight_bits=(4, 4), activation_bits=(8, 8), granularity="block"))
+    blocks = {"granularity": "block", "weight_block_size": size}
+    quantize_modules_(model, GETAConfig(weight_bits=(4, 4), activation_bits=(8, 8), **blocks))
     (layer,) = quantized_layers(model).values()
     layer.weight_quantizer.set_bits_(4)
     layer.input_quantizer.set_range_(2.0, 8)

@@ -74,11 +74,12 @@ class GETAConfig:
     target_size: str | None = dataclasses.field(
         default=None, metadata={"help": "Budget: bytes of the weight file, such as 4MB, 512KiB or 4000000."}
     )
-    granularity: str = dataclasses.field(
-        default="tensor",
+    granularity: str | None = dataclasses.field(
+        default=None,
         metadata={
             "help": "One clip per weight 'tensor', per output 'channel', or per 'block' of inputs of one (of linear "
-            "layers; elsewhere as 'channel'); the width is one per tensor."
+            "layers; elsewhere as 'channel'); the width is one per tensor. If nothing is written: 'block' for models "
+            "that read tokens, which lose most by a coarse grid at 4 bits, 'tensor' for others."
         },
     )
     weight_block_size: int = dataclasses.field(

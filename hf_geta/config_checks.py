@@ -47,8 +47,9 @@ def check_config(config: Any) -> None:
         raise ValueError("weight_bits=None and group_sparsity=0 compress nothing: train with transformers.Trainer.")
     if config.share_inputs and config.weight_bits is None:
         raise ValueError("share_inputs=True without weight_bits: there is no width to share; write weight_bits=(4, 8).")
-    _check_choice("granularity", config.granularity, GRANULARITIES)
-    _check_blocks(config.weight_block_size, config.granularity)
+    if config.granularity is not None:
+        _check_choice("granularity", config.granularity, GRANULARITIES)
+    check_blocks(config.weight_block_size, config.granularity or "block")
     _check_choice("saliency", config.saliency, SALIENCIES)
     for kind in config.optional_axes:
         _check_choice("optional_axes", kind, OPTIONAL_AXES)
@@ -212,7 +213,8 @@ def _check_saliency_weights(saliency: str, weights: Any) -> None:
         )
 
 
-def _check_blocks(size: Any, granularity: str) -> None:
+def check_blocks(size: Any, granularity: str) -> None:
+    """Refuse a size that blocks cannot have, or one for weights without blocks."""
     if not _is_whole(size) or size not in BLOCK_SIZES:
         raise ValueError(f"weight_block_size={size!r}: choose one of {', '.join(map(str, BLOCK_SIZES))}.")
     if size != USUAL_BLOCK_SIZE and granularity != "block":

@@ -57,7 +57,7 @@ NAN = float("nan")
         ({"group_sparsity": NAN}, r"a share in \[0, 1\)"),
         ({"granularity": "block", "weight_block_size": 24}, "weight_block_size=24: choose one of 16, 32, 64, 128"),
         ({"granularity": "block", "weight_block_size": 16.0}, "weight_block_size=16.0: choose one of 16"),
-        ({"weight_block_size": 16}, "weight_block_size=16 with granularity='tensor', which has no blocks"),
+        ({"granularity": "channel", "weight_block_size": 16}, "with granularity='channel', which has no blocks"),
         ({"granularity": "row"}, "choose one of 'tensor', 'channel', 'block'"),
         ({"saliency": "random"}, "choose one of 'magnitude', 'taylor', 'fisher'"),
         ({"pruning_periods": 0}, "pruning_periods=0"),

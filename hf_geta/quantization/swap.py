@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta.config import GETAConfig
+from hf_geta.config_checks import check_blocks
 from hf_geta.quantization.blocks import Blocks
 from hf_geta.quantization.experts import StackedLinear, join_experts_, stacked_parameters
 from hf_geta.quantization.layers import (
@@ -50,6 +51,8 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
         ValueError: if no layer is left to quantize, if a name matches no module, if a weight is not finite, or if an
             embedding that is to be quantized cannot be, or if only one of two tied layers would be.
     """
+    granularity = config.granularity or usual_granularity(model)
+    check_blocks(config.weight_block_size, granularity)
     embeddings = set() if config.quantize_embeddings is None else _embedding_weights(model)
     skipped = _skipped_names(model, config.modules_to_not_convert, embeddings)
     quantizers: dict[tuple[int, int], Quantizer] = {}
@@ -66,7 +69,7 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
             continue
         key = (id(module.weight), quantized.channel_dim)
         if key not in quantizers:
-            quantizers[key] = _weight_quantizer(name, module, quantized.channel_dim, config, is_embedding)
+            quantizers[key] = _weight_quantizer(name, module, quantized.channel_dim, config, granularity, is_embedding)
         module.float_class = type(module)
         module.__class__ = quantized  # the same module: hooks, names and references to it stay valid
         module.weight_quantizer = quantizers[key]
@@ -152,21 +155,34 @@ def _input_quantizer(device: torch.device) -> Quantizer:
 
 
 def _weight_quantizer(
-    name: str, module: nn.Module, channel_dim: int, config: GETAConfig, is_embedding: bool
+    name: str, module: nn.Module, channel_dim: int, config: GETAConfig, granularity: str, is_embedding: bool
 ) -> Quantizer:
     weight: Any = module.weight
     if not weight.is_meta and not torch.isfinite(weight).all():
         raise ValueError(f"{name}.weight contains NaN or infinite values: check the checkpoint that it came from.")
     shape = None
-    if config.granularity != "tensor" or is_embedding or isinstance(module, StackedLinear):
+    if granularity != "tensor" or is_embedding or isinstance(module, StackedLinear):
         shape = tuple(size if dim == channel_dim else 1 for dim, size in enumerate(weight.shape))
     widths = "quantize_embeddings" if is_embedding else "weight_bits"
     blocks = None
-    if config.granularity == "block" and weight.ndim == 2 and weight.shape[channel_dim] > 1 and not is_embedding:
+    if granularity == "block" and weight.ndim == 2 and weight.shape[channel_dim] > 1 and not is_embedding:
         blocks = Blocks(weight.shape, 1 - channel_dim, config.weight_block_size, weight.device)
     quantizer = Quantizer(shape, device=weight.device, widths=widths, blocks=blocks)
     quantizer.initialize_(weight, config.initial_bits)
     return quantizer
+
+
+def usual_granularity(model: nn.Module) -> str:
+    """That of a config which names none: 4-bit weights of models of text need more than one clip (model_cards)."""
+    return "block" if isinstance(_embeddings(model, "input"), nn.Embedding) else "tensor"
+
+
+def _embeddings(model: nn.Module, end: str) -> nn.Module | None:
+    """The model's "input" or "output" embeddings; None where it has none, or knows of none."""
+    try:
+        return getattr(model, f"get_{end}_embeddings", lambda: None)()
+    except NotImplementedError:  # transformers' word for a model without
+        return None
 
 
 def _embedding_weights(model: nn.Module) -> set[int]:
@@ -175,7 +191,7 @@ def _embedding_weights(model: nn.Module) -> set[int]:
     Raises:
         ValueError: where the model looks nothing up.
     """
-    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    ends = [_embeddings(model, end) for end in ("input", "output")]
     if not isinstance(ends[0], nn.Embedding):
         raise ValueError(f"quantize_embeddings: {type(model).__name__} has no nn.Embedding for its inputs: write none.")
     return {id(module.weight) for module in ends if module is not None}
@@ -184,8 +200,7 @@ def _embedding_weights(model: nn.Module) -> set[int]:
 def _skipped_names(model: nn.Module, names: Any, embeddings: Collection[int]) -> set[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
     if names is None:
-        get_output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
-        output = get_output_embeddings()
+        output = _embeddings(model, "output")
         users = Counter(id(p) for module in set(modules.values()) for p in module._parameters.values() if p is not None)
         return {
             name

@@ -26,8 +26,8 @@ from tests.quantization.test_readers import trained
 ROUNDED = {"activation_bits": (8, 8), "share_inputs": True}
 # family, changes of its config, of GETA's
 MODELS = {
-    "weights": ("llama", {}, {}),
-    "inputs": ("llama", {}, ROUNDED),
+    "weights": ("llama", {}, {"granularity": "channel"}),
+    "inputs": ("llama", {}, ROUNDED | {"granularity": "channel"}),
     "blocks": ("llama", {"hidden_size": 64}, {"granularity": "block"}),  # 12 hidden units are left: no whole block
     "blocks of 16": ("llama", {"hidden_size": 64}, {"granularity": "block", "weight_block_size": 16}),
     "blocks, inputs": ("llama", {"hidden_size": 64}, ROUNDED | {"granularity": "block"}),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta.checkpoint.layers import set_backend_
@@ -148,6 +149,23 @@ def test_what_a_layer_holds_has_no_more_bits_than_8_or_its_codes(bits):
     codes = packed.codes()
     packed.hold_(as_int8=bits <= 8)
     assert torch.equal(packed.codes(), codes)
+
+
+def test_models_that_read_tokens_have_blocks_unless_their_config_says_otherwise():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    pictures = [
+        lambda: ViTModel(ViTConfig(**sizes)),
+        lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])),
+        lambda: nn.Sequential(nn.Linear(32, 32)),
+    ]
+    for build, has_blocks in ((lambda: BertModel(BertConfig(**sizes)), True), *((build, False) for build in pictures)):
+        for granularity, expected in ((None, has_blocks), ("tensor", False), ("channel", False)):
+            model = build()
+            quantize_modules_(model, GETAConfig(granularity=granularity))
+            quantizers = {layer.weight_quantizer for layer in quantized_layers(model).values()}
+            assert {quantizer.blocks is not None for quantizer in quantizers} == {expected}
+    with pytest.raises(ValueError, match="weight_block_size=16 with granularity='tensor', which has no blocks"):
+        quantize_modules_(pictures[0](), GETAConfig(weight_block_size=16))
 
 
 def test_multipliers_of_a_wide_code_are_coarse():

@@ -3,7 +3,16 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from hf_geta import GETAConfig, build_qadg
 from hf_geta.quantization import fake_quantize, quantize_modules_, quantized_layers
@@ -98,6 +107,8 @@ def test_embeddings_that_cannot_be_quantized_are_refused_at_once():
     vit = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
     with pytest.raises(ValueError, match="ViTModel has no nn.Embedding"):
         quantize_modules_(vit, CONFIG)
+    with pytest.raises(ValueError, match="ResNetModel has no nn.Embedding"):  # transformers raises NotImplementedError
+        quantize_modules_(ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])), CONFIG)
 
 
 @pytest.mark.parametrize("bits", [1, 17, 2.5])

@@ -32,6 +32,7 @@ from hf_geta.quantization.readers import readers_of_one_tensor
 
 WEIGHT_BITS = (4, 8)  # what integer kernels take
 INPUT_BITS = 8
+GROUP_SIZES = (32, 64, 128)  # of vLLM's Marlin kernels
 CODES_PER_WORDS = 32  # they fill exactly `bits` words of 32 bits
 
 logger = logging.getLogger(__name__)
@@ -110,18 +111,12 @@ def _schemes(layers: Mapping[str, PackedLinear], readers: Sequence[Sequence[str]
         scheme = Scheme(bits) if others or input_bits != INPUT_BITS else Scheme(WEIGHT_BITS[-1], signed)
         sizes = {each.block_size for each in manifests if each.granularity == "block"}
         if scheme.bits == WEIGHT_BITS[0] and sizes:
-            block_size = max(sizes)  # one GETAConfig has one
-            blocks_fill_rows = manifests[0].shape[1] % block_size == 0  # of all: they read one tensor
-            scheme = Scheme(bits, block_size=block_size) if blocks_fill_rows else Scheme(WEIGHT_BITS[-1])
-            if not blocks_fill_rows:
-                logger.warning(
-                    "%s: %d inputs are no multiple of %d, which blocks of 4 bits have to fill: stored at 8 bits. "
-                    "Training with group_divisible=%d keeps such numbers.",
-                    ", ".join(names),
-                    manifests[0].shape[1],
-                    block_size,
-                    block_size,
-                )
+            block_size, columns = max(sizes), manifests[0].shape[1]  # of all: one GETAConfig, and they read one tensor
+            if why_not := _no_groups(block_size, columns):
+                logger.warning("%s: %s, so they are stored at 8 bits.", ", ".join(names), why_not)
+                scheme = Scheme(WEIGHT_BITS[-1])
+            else:
+                scheme = Scheme(bits, block_size=block_size)
         schemes.update(dict.fromkeys(names, scheme))
         if scheme.input_signed is not None and len({each.activation_step_size for each in manifests}) > 1:
             logger.warning(
@@ -130,6 +125,18 @@ def _schemes(layers: Mapping[str, PackedLinear], readers: Sequence[Sequence[str]
                 ", ".join(names),
             )
     return {name: schemes[name] for name in layers}
+
+
+def _no_groups(block_size: int, columns: int) -> str:
+    """Why blocks at 4 bits are no groups of the format in rows of so many columns; empty where they are."""
+    if block_size not in GROUP_SIZES:
+        return f"vLLM's kernels know no groups of {block_size} inputs (weight_block_size), but of {GROUP_SIZES}"
+    if columns % block_size:
+        return (
+            f"{columns} inputs are no multiple of {block_size}, which blocks of 4 bits have to fill "
+            f"(group_divisible={block_size} keeps such numbers)"
+        )
+    return ""
 
 
 def _store_(linear: nn.Module, packed: PackedLayer, scheme: Scheme) -> None:

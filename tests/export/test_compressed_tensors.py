@@ -24,18 +24,20 @@ from tests.quantization.random_blocks import draw_multipliers_
 from tests.quantization.test_readers import trained
 
 ROUNDED = {"activation_bits": (8, 8), "share_inputs": True}
+WIDTHS = (2, 3, 4, 5, 6, 8)
 # family, changes of its config, of GETA's
 MODELS = {
     "weights": ("llama", {}, {"granularity": "channel"}),
     "inputs": ("llama", {}, ROUNDED | {"granularity": "channel"}),
     "blocks": ("llama", {"hidden_size": 64}, {"granularity": "block"}),  # 12 hidden units are left: no whole block
     "blocks of 16": ("llama", {"hidden_size": 64}, {"granularity": "block", "weight_block_size": 16}),
+    "blocks of 64": ("llama", {"hidden_size": 64}, {"weight_bits": (2, 4), "weight_block_size": 64}),
     "blocks, inputs": ("llama", {"hidden_size": 64}, ROUNDED | {"granularity": "block"}),
     "unsigned": ("vit", {"hidden_act": "relu"}, ROUNDED | {"granularity": "channel"}),
 }
 
 
-def set_widths(model, allowed=(2, 3, 4, 5, 6, 8)):
+def set_widths(model, allowed=WIDTHS):
     """As training might leave them."""
     rng = random.Random(0)
     for layer in quantized_layers(model).values():
@@ -45,8 +47,10 @@ def set_widths(model, allowed=(2, 3, 4, 5, 6, 8)):
 
 
 def make_compressed(family, changes, values):
-    model = prepared(make_model(family, **changes), **({"weight_bits": (2, 8)} | values))
-    set_widths(model)
+    values = {"weight_bits": (2, 8)} | values
+    model = prepared(make_model(family, **changes), **values)
+    lower, upper = values["weight_bits"]
+    set_widths(model, [bits for bits in WIDTHS if lower <= bits <= upper])
     return halved(model)
 
 
@@ -108,14 +112,14 @@ def test_widths_go_up_to_4_or_8_bits_and_layers_of_one_product_have_one(exported
     assert written["ignore"] == ["lm_head"]
 
 
-@pytest.mark.parametrize(("name", "size"), [("blocks", 32), ("blocks of 16", 16)])
-def test_blocks_of_4_bits_are_groups_where_they_fill_rows(exported, name, size):
+@pytest.mark.parametrize(("model", "size"), [("blocks", 32), ("blocks of 64", 64), ("blocks of 16", None)])
+def test_blocks_of_4_bits_are_groups_where_they_fill_rows_and_vllm_has_them(exported, model, size):
     root, models, _ = exported
-    layers = models[name].config.quantization_config["layers"]
-    written = json.loads((root / name / "exported" / "config.json").read_text())["quantization_config"]
-    tensors = load_file(root / name / "exported" / "model.safetensors")
+    layers = models[model].config.quantization_config["layers"]
+    written = json.loads((root / model / "exported" / "config.json").read_text())["quantization_config"]
+    tensors = load_file(root / model / "exported" / "model.safetensors")
     stored = {name: group["weights"] for group in written["config_groups"].values() for name in group["targets"]}
-    assert {weights["strategy"] for weights in stored.values()} == {"group", "channel"}
+    assert {weights["strategy"] for weights in stored.values()} == ({"group", "channel"} if size else {"channel"})
     for name, weights in stored.items():
         rows, columns = layers[name]["shape"]
         if weights["strategy"] == "group":

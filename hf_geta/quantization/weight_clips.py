@@ -35,27 +35,36 @@ def least_squares_clip(
     """
     weight = weight.detach().float()
     dims = [dim for dim, size in enumerate(channel_shape or (1,) * weight.ndim) if size == 1]
-    levels = 2 ** (bits - 1) - 1
     top = weight.abs().amax(dims, keepdim=True)
 
     def error_of(clip: Tensor) -> Tensor:
-        step_size = (clip / levels).clamp(min=torch.finfo(torch.float32).tiny)
-        error = (weight / step_size).round_().clamp_(-levels, levels).mul_(step_size).sub_(weight).square_()
-        return (error if importance is None else error.mul_(importance)).sum(dims, keepdim=True)
+        return rounding_error(weight, clip, bits, importance).sum(dims, keepdim=True)
 
     steps = range(0, STEPS_PER_OCTAVE * OCTAVES + 1, COARSE_STEPS)
-    coarse = _best([top * 2 ** (-step / STEPS_PER_OCTAVE) for step in steps], error_of)
+    coarse, _ = best_of([top * 2 ** (-step / STEPS_PER_OCTAVE) for step in steps], error_of)
     steps = range(1 - COARSE_STEPS, COARSE_STEPS)
-    clip = _best([(coarse * 2 ** (-step / STEPS_PER_OCTAVE)).minimum(top) for step in steps], error_of)
+    clip, _ = best_of([(coarse * 2 ** (-step / STEPS_PER_OCTAVE)).minimum(top) for step in steps], error_of)
     clip = torch.where(top > 0, clip, 1.0)
     return clip if channel_shape is not None else clip.reshape(())
 
 
-def _best(candidates: Sequence[Tensor], error_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """Of the candidates, entry by entry, the first with the least error."""
+def rounding_error(weight: Tensor, clip: Tensor, bits: float, importance: Tensor | None = None) -> Tensor:
+    """importance * (w - Q(w))^2 at `bits` and t = 1, in the shape of `weight`, float32; arguments are not changed.
+
+    Args:
+        clip: q_m, broadcastable to `weight`.
+    """
+    levels = 2 ** (bits - 1) - 1
+    step_size = (clip / levels).clamp(min=torch.finfo(torch.float32).tiny)
+    error = (weight / step_size).round_().clamp_(-levels, levels).mul_(step_size).sub_(weight).square_()
+    return error if importance is None else error.mul_(importance)
+
+
+def best_of(candidates: Sequence[Tensor], error_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Of the candidates, entry by entry, the first with the least error, and that error."""
     first, *others = candidates
     best, least = first, error_of(first)
     for candidate in others:
         error = error_of(candidate)
         best, least = candidate.where(error < least, best), error.minimum(least)
-    return best
+    return best, least

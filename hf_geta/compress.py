@@ -48,7 +48,7 @@ from hf_geta.quantization.calibration import calibrate_, find_readers, share_inp
 from hf_geta.quantization.experts import split_experts_
 from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.outliers import widen_outliers_
-from hf_geta.quantization.swap import quantize_modules_, restore_modules_
+from hf_geta.quantization.swap import quantize_modules_, restore_modules_, settled
 from hf_geta.sharding import is_cut
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def prepare_model(
     refuse_unfit(model)
     if is_prepared(model):
         raise ValueError("this model is prepared already: train it, or start from a fresh one.")
+    config = settled(config, model)
     batches = list(calibration_batches or [inputs])
     if others := [batch for batch in (inputs, *batches) if not isinstance(batch, Mapping)]:
         raise ValueError(

@@ -79,7 +79,7 @@ class GETAConfig:
         metadata={
             "help": "One clip per weight 'tensor', per output 'channel', or per 'block' of inputs of one (of linear "
             "layers; elsewhere as 'channel'); the width is one per tensor. If nothing is written: 'block' for models "
-            "that read tokens, which lose most by a coarse grid at 4 bits, 'tensor' for others."
+            "that read or write tokens, which lose most by a coarse grid at 4 bits, 'tensor' for others."
         },
     )
     weight_block_size: int = dataclasses.field(

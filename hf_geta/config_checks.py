@@ -9,7 +9,7 @@ from typing import Any
 
 GRANULARITIES = ("tensor", "channel", "block")
 BLOCK_SIZES = (16, 32, 64, 128)
-USUAL_BLOCK_SIZE = 32  # the default, and what a checkpoint means that names none
+USUAL_BLOCK_SIZE = 32
 SALIENCIES = ("magnitude", "taylor", "fisher", "mix")
 MIXED_SALIENCIES = SALIENCIES[:3]  # what "mix" mixes, in the order of `saliency_weights`
 OPTIONAL_AXES = ("query_head", "head_dim")  # kinds that are left alone unless they are asked for
@@ -49,7 +49,7 @@ def check_config(config: Any) -> None:
         raise ValueError("share_inputs=True without weight_bits: there is no width to share; write weight_bits=(4, 8).")
     if config.granularity is not None:
         _check_choice("granularity", config.granularity, GRANULARITIES)
-    check_blocks(config.weight_block_size, config.granularity or "block")
+    _check_block_size(config.weight_block_size, config.granularity)
     _check_choice("saliency", config.saliency, SALIENCIES)
     for kind in config.optional_axes:
         _check_choice("optional_axes", kind, OPTIONAL_AXES)
@@ -213,11 +213,10 @@ def _check_saliency_weights(saliency: str, weights: Any) -> None:
         )
 
 
-def check_blocks(size: Any, granularity: str) -> None:
-    """Refuse a size that blocks cannot have, or one for weights without blocks."""
+def _check_block_size(size: Any, granularity: str | None) -> None:
     if not _is_whole(size) or size not in BLOCK_SIZES:
         raise ValueError(f"weight_block_size={size!r}: choose one of {', '.join(map(str, BLOCK_SIZES))}.")
-    if size != USUAL_BLOCK_SIZE and granularity != "block":
+    if size != USUAL_BLOCK_SIZE and granularity not in (None, "block"):
         raise ValueError(
             f"weight_block_size={size} with granularity={granularity!r}, which has no blocks: write "
             "granularity='block' or drop it."

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
@@ -21,6 +22,7 @@ from hf_geta.agreement import is_distributed
 from hf_geta.checkpoint.resumable import CONFIG_NAME, damage, last_whole_checkpoint, whole_checkpoints
 from hf_geta.config import GETAConfig
 from hf_geta.optim.finite import refuse_not_finite
+from hf_geta.quantization.swap import settled
 
 UNFINISHED = "_saving"  # no checkpoint's name; and what begins with an underscore is never pushed
 # what another value changes nothing in that a checkpoint holds
@@ -61,7 +63,9 @@ class ResumableTrainer(Trainer):
         """
         if self.geta_config is None:
             folder = resume_from_checkpoint
-            _check_targets(get_last_checkpoint(str(self.args.output_dir)) if folder is True else folder, None)
+            _check_targets(
+                get_last_checkpoint(str(self.args.output_dir)) if folder is True else folder, None, self.model
+            )
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
@@ -70,7 +74,7 @@ class ResumableTrainer(Trainer):
                 f"{resume_from_checkpoint} cannot be gone on from: {problem}. Name an earlier checkpoint, or "
                 "write resume_from_checkpoint=True for the last whole one."
             )
-        _check_targets(resume_from_checkpoint, self.geta_config)
+        _check_targets(resume_from_checkpoint, self.geta_config, self.model)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except FloatingPointError as error:
@@ -100,7 +104,7 @@ class ResumableTrainer(Trainer):
             if is_best:  # by the path that it gets now
                 self.state.best_model_checkpoint = str(run_folder / name)
             if self.args.should_save:
-                self.geta_config.save(run_folder / UNFINISHED / name / CONFIG_NAME)
+                settled(self.geta_config, self.model).save(run_folder / UNFINISHED / name / CONFIG_NAME)
                 if is_best:
                     self.state.save_to_json(str(run_folder / UNFINISHED / name / TRAINER_STATE_NAME))
                 self._put_in_place(run_folder, name)
@@ -141,7 +145,7 @@ class ResumableTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
 
-def _check_targets(checkpoint: str | bool | None, config: GETAConfig | None) -> None:
+def _check_targets(checkpoint: str | bool | None, config: GETAConfig | None, model: nn.Module) -> None:
     """ValueError for a checkpoint of a run with other targets; one that does not say which is taken as it is."""
     if not checkpoint or not (file := Path(str(checkpoint)) / CONFIG_NAME).is_file():
         return
@@ -150,7 +154,7 @@ def _check_targets(checkpoint: str | bool | None, config: GETAConfig | None) -> 
             f"{checkpoint} is of a run with compression, this one has none: pass "
             f"geta_config=GETAConfig.from_file({str(file)!r}), or start anew: train() without resume_from_checkpoint."
         )
-    began = GETAConfig.from_file(file)
+    began, config = settled(GETAConfig.from_file(file), model), settled(config, model)
     if names := [name for name in began.different_fields(config) if name not in MAY_CHANGE]:
         raise ValueError(
             f"{checkpoint} is of a run with {began.in_words(names)}, this one has {config.in_words(names)}: resume "

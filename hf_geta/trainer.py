@@ -31,6 +31,7 @@ from hf_geta.optim.pricing import Pricing
 from hf_geta.optim.schedule import Schedule, Stage
 from hf_geta.preparation import is_prepared, preparation_of, saved_without_warning
 from hf_geta.progress import CompressionProgress
+from hf_geta.quantization.swap import settled
 from hf_geta.randomness import preserved_rng
 from hf_geta.report.cost import Cost
 from hf_geta.report.files import load_report, save_report
@@ -95,10 +96,11 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
             return
         if is_prepared(self.model):
             config = preparation_of(self.model).config
-            if names := config.different_fields(self.geta_config):
+            given = settled(self.geta_config, self.model)
+            if names := config.different_fields(given):
                 raise ValueError(
                     f"the model was prepared with {config.in_words(names)}, the trainer was given "
-                    f"{self.geta_config.in_words(names)}: pass the same config, or a fresh model."
+                    f"{given.in_words(names)}: pass the same config, or a fresh model."
                 )
             return
         with preserved_rng():

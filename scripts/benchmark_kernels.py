@@ -19,8 +19,7 @@ import torch
 from benchmark_inference import seconds
 from torch import Tensor
 
-from hf_geta.config_checks import USUAL_BLOCK_SIZE as BLOCK
-
+BLOCK = 32  # inputs that share a scale
 FLOAT, HALF, INT8 = "float32", "bfloat16", "int8 x int8"
 INT4, INT4_FLOAT, WEIGHT_INT8 = "int4, bfloat16", "int4, float32", "int8 weight, bfloat16"
 

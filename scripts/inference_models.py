@@ -89,7 +89,7 @@ def save_all(model: PreTrainedModel, folder: Path) -> None:
     one_request = {model.main_input_name: _inputs(model, 1)}
     widths = {"weight_bits": list(WEIGHT_BITS), "activation_bits": [ACTIVATION_BITS, ACTIVATION_BITS]}
     for kind, bits in (("pruned", {"weight_bits": None}), ("packed", widths)):
-        config = GETAConfig(group_sparsity=0.5, modules_to_not_convert=[], **bits)
+        config = GETAConfig(group_sparsity=0.5, granularity="tensor", modules_to_not_convert=[], **bits)
         prepared: Any = prepare_model(copy.deepcopy(model), config, one_request)
         qadg = prepared.geta.qadg
         qadg.zero_(prepared, {axis.name: range(axis.size // 2) for axis in qadg.axes})

@@ -86,6 +86,8 @@ def _renamed_geta_config(flag_of: dict[str, str]) -> Any:
             kind = types.GenericAlias(list, (_WholeOrNone,)) | None
         elif kind == int | None:
             kind = _WholeOrNone | None
+        elif kind == str | None:
+            kind = _TextOrNone | None
         fields.append((flag_of[field.name], kind, renamed))
     return dataclasses.make_dataclass("GETAArguments", fields)
 
@@ -100,6 +102,13 @@ class _WholeOrNone:
             return int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r}: write a whole number, or none.") from None
+
+
+class _TextOrNone:
+    """The type of a flag that is a text or `none`."""
+
+    def __new__(cls, text: str) -> str | None:  # type: ignore[misc]
+        return None if text.lower() in ("none", "null") else text
 
 
 def _defaults_from_file(path: str, dataclass_types: Iterable[Any], flag_of: dict[str, str]) -> dict[str, Any]:

@@ -289,6 +289,10 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path):
             r"checkpoint-18 is of a run with group_sparsity=0\.5, this one has group_sparsity=0\.25:",
         ),
         ({"granularity": "block"}, "granularity='tensor', this one has granularity='block'"),
+        (
+            {"granularity": "block"} | {"weight_block_size": 16},
+            "granularity='tensor', weight_block_size=32, this one has",
+        ),
         ({"activation_bits": None}, r"activation_bits=\(4, 8\), this one has activation_bits=None"),
         (None, r"is of a run with compression, this one has none: pass geta_config=GETAConfig\.from_file"),
     ],

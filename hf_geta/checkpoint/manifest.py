@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_geta.checkpoint.manifest_checks import QUANT_METHOD, check_fits, check_manifest, is_size
+from hf_geta.checkpoint.manifest_checks import QUANT_METHOD, UNSAID_BLOCK_SIZE, check_fits, check_manifest, is_size
 from hf_geta.checkpoint.names import Rename, file_to_module, module_to_file
 from hf_geta.checkpoint.saving import save_compressed_
-from hf_geta.config_checks import USUAL_BLOCK_SIZE
 from hf_geta.quantization.experts import split_named_experts_
 
 FORMAT_VERSION = 3  # of what is read; what is written has the first that knows all that it says
@@ -38,7 +37,7 @@ class LayerManifest:
     shape: tuple[int, ...]
     granularity: str = "tensor"
     channel_dim: int | None = None
-    block_size: int = USUAL_BLOCK_SIZE
+    block_size: int = UNSAID_BLOCK_SIZE
     step_size: float | None = None
     activation_bits: int | None = None
     activation_signed: bool | None = None
@@ -53,28 +52,30 @@ class LayerManifest:
     @property
     def block_shape(self) -> tuple[int, ...]:
         """That of the multipliers, if there are any."""
-        dim = self.block_dim
-        return tuple(-(-size // self.block_size) if each == dim else size for each, size in enumerate(self.shape))
+        shape = list(self.shape)
+        shape[self.block_dim] = -(-shape[self.block_dim] // self.block_size)
+        return tuple(shape)
 
     @property
     def format_version(self) -> int:
         """The first that knows all that this entry says."""
         if self.granularity != "block":
             return 1
-        return 2 if self.block_size == USUAL_BLOCK_SIZE else 3
+        return 2 if self.block_size == UNSAID_BLOCK_SIZE else 3
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; what does not apply to the layer is left out."""
         values = {**dataclasses.asdict(self), "shape": list(self.shape)}
-        if self.block_size == USUAL_BLOCK_SIZE:
+        if self.block_size == UNSAID_BLOCK_SIZE:
             del values["block_size"]
         return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerManifest:
         """The entry that `to_dict` wrote, out of a manifest that was checked."""
-        numbers = {key: float(value) for key, value in values.items() if "step_size" in key and value is not None}
-        return cls(**{**values, **numbers, "shape": tuple(values["shape"])})
+        said = {key: value for key, value in values.items() if value is not None}
+        numbers = {key: float(value) for key, value in said.items() if "step_size" in key}
+        return cls(**{**said, **numbers, "shape": tuple(said["shape"])})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from hf_geta.config_checks import BLOCK_SIZES, GRANULARITIES, MAX_BITS, MIN_BITS, USUAL_BLOCK_SIZE
+from hf_geta.config_checks import BLOCK_SIZES, GRANULARITIES, MAX_BITS, MIN_BITS
 
 QUANT_METHOD = "geta"  # of a `quantization_config`, as transformers tells methods apart
 LONGEST_NAME = 200  # of a tensor, in a message
-# what an entry says of the weight, and what it means where it is left out
+UNSAID_BLOCK_SIZE = 32  # of an entry with blocks that does not say it, whatever a run's default is
+# What an entry says of the weight, and what it means where it does not.
 OF_THE_WEIGHT = {
     "bits": None,
     "shape": None,
     "granularity": "tensor",
     "channel_dim": None,
-    "block_size": USUAL_BLOCK_SIZE,
+    "block_size": UNSAID_BLOCK_SIZE,
 }
 
 
@@ -102,11 +103,13 @@ def _check_sharing(name: str, layer: Mapping[str, Any], layers: Mapping[str, Any
     """A shared weight is described in the same words by the layer that has it, which shares none itself."""
     shared_with = layer["shared_with"]
     owner = layers.get(shared_with) if isinstance(shared_with, str) else None
-    same = owner is not None and all(
-        owner.get(key, default) == layer.get(key, default) for key, default in OF_THE_WEIGHT.items()
-    )
+    same = owner is not None and _said_of_the_weight(owner) == _said_of_the_weight(layer)
     if owner is None or not same or owner.get("shared_with") is not None:
         raise ValueError(f"layers: {_cut(name)} is shared_with {_short(shared_with)}, which holds no such weight.")
+
+
+def _said_of_the_weight(layer: Mapping[str, Any]) -> list[Any]:
+    return [default if layer.get(key) is None else layer[key] for key, default in OF_THE_WEIGHT.items()]
 
 
 def _check_step_size(where: str, values: Mapping[str, Any], key: str, required: bool, owner: str) -> None:

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from hf_geta.checkpoint.layers import PackedLayer, set_backend_
 from hf_geta.checkpoint.manifest import LayerManifest, Manifest, read_manifest, write_manifest_
+from hf_geta.checkpoint.manifest_checks import UNSAID_BLOCK_SIZE
 from hf_geta.checkpoint.names import packed_tensors, save_as_they_are_
 from hf_geta.checkpoint.packing import highest_code, pack_codes, pack_multipliers
 from hf_geta.checkpoint.swap import packed_class, replace_with_packed_
-from hf_geta.config_checks import USUAL_BLOCK_SIZE
 from hf_geta.quantization.blocks import multiplier_unit
 from hf_geta.quantization.kernels import MULTIPLIERS
 from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
@@ -106,7 +106,7 @@ def _describe(layers: Mapping[str, QuantizedLayer]) -> dict[str, LayerManifest]:
             shape=tuple(layer.weight.shape),
             granularity=granularity,
             channel_dim=None if per_tensor else layer.channel_dim or None,
-            block_size=USUAL_BLOCK_SIZE if blocks is None else blocks.size,
+            block_size=UNSAID_BLOCK_SIZE if blocks is None else blocks.size,
             step_size=float(layer.weight_quantizer.step_size) if per_tensor and owner == name else None,
             activation_bits=None if inputs is None else _whole_bits(f"the input of {name}", inputs),
             activation_signed=None if inputs is None else inputs.signed,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +111,11 @@ def _schemes(layers: Mapping[str, PackedLinear], readers: Sequence[Sequence[str]
         scheme = Scheme(bits) if others or input_bits != INPUT_BITS else Scheme(WEIGHT_BITS[-1], signed)
         sizes = {each.block_size for each in manifests if each.granularity == "block"}
         if scheme.bits == WEIGHT_BITS[0] and sizes:
-            block_size, columns = max(sizes), manifests[0].shape[1]  # of all: one GETAConfig, and they read one tensor
-            if why_not := _no_groups(block_size, columns):
+            if why_not := _no_groups(sizes, manifests[0].shape[1]):  # the columns of all: they read one tensor
                 logger.warning("%s: %s, so they are stored at 8 bits.", ", ".join(names), why_not)
                 scheme = Scheme(WEIGHT_BITS[-1])
             else:
-                scheme = Scheme(bits, block_size=block_size)
+                scheme = Scheme(bits, block_size=sizes.pop())
         schemes.update(dict.fromkeys(names, scheme))
         if scheme.input_signed is not None and len({each.activation_step_size for each in manifests}) > 1:
             logger.warning(
@@ -127,8 +126,11 @@ def _schemes(layers: Mapping[str, PackedLinear], readers: Sequence[Sequence[str]
     return {name: schemes[name] for name in layers}
 
 
-def _no_groups(block_size: int, columns: int) -> str:
+def _no_groups(block_sizes: Collection[int], columns: int) -> str:
     """Why blocks at 4 bits are no groups of the format in rows of so many columns; empty where they are."""
+    if len(block_sizes) > 1:
+        return f"layers that read one tensor have blocks of {sorted(block_sizes)} inputs, and groups have one size"
+    (block_size,) = block_sizes
     if block_size not in GROUP_SIZES:
         return f"vLLM's kernels know no groups of {block_size} inputs (weight_block_size), but of {GROUP_SIZES}"
     if columns % block_size:

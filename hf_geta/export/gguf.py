@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from hf_geta.checkpoint.integer import KERNEL_BITS
 from hf_geta.checkpoint.layers import PackedLayer
-from hf_geta.export.ggml_blocks import BLOCK, WIDTHS, block_type, to_blocks
+from hf_geta.export.ggml_blocks import BLOCK, block_type, to_blocks
 from hf_geta.export.gguf_vocabulary import add_vocabulary
 from hf_geta.export.plain import float_tensors, leave_inputs_in_float_, packed_weights
 
@@ -137,12 +138,13 @@ def _codes(
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], int]:
     """Integers, their step sizes by row, (out,), or by ggml's block, (out, blocks), and how many bits they have."""
     by_block, manifest = layer.block_step_sizes(), layer.manifest
-    if by_block is not None and manifest.block_size % BLOCK == 0:  # one or more of ggml's
+    if by_block is not None and manifest.block_size % BLOCK == 0:  # a block is one or more of ggml's
         codes, bits = layer.dense_codes(), manifest.bits
         step_sizes = by_block.repeat_interleave(manifest.block_size // BLOCK, 1)[:, : -(-manifest.shape[1] // BLOCK)]
         step_sizes = step_sizes if "down_proj" in name else _arranged(name, step_sizes, shapes)
     else:
-        codes, bits = layer.integers(), manifest.bits if by_block is None else max(manifest.bits, WIDTHS["Q8_0"])
+        codes, bits = layer.integers(), manifest.bits
+        bits = bits if by_block is None else max(bits, KERNEL_BITS)  # code times multiplier
         step_sizes = _arranged(name, layer.step_sizes().reshape(-1).expand(manifest.shape[0]), shapes)
     return _arranged(name, codes, shapes).numpy(), step_sizes.numpy(), bits
 

@@ -62,7 +62,7 @@ def size_budget(
         axes: the prunable axes, in the order of the removed counts.
         weight_rows: weight name -> row of its quantizer; the others stay in float.
         channel_dims: weight name -> dimension that has one float32 step size per entry; none with one per tensor.
-        block_sizes: names of those whose channels have a multiplier of 4 bits for every so many inputs.
+        block_sizes: weight name -> inputs that share a multiplier of 4 bits; none without blocks.
     """
     terms, overhead = [], float(HEADER_BYTES)
     for name, tensor in tensors.items():

@@ -12,7 +12,7 @@ from hf_geta.compress import create_optimizer, find_groups
 from hf_geta.config import GETAConfig
 from hf_geta.optim.qasso import QASSO
 from hf_geta.quantization.layers import quantized_layers
-from hf_geta.quantization.swap import quantize_modules_
+from hf_geta.quantization.swap import quantize_modules_, settled
 
 
 def prepare_skeleton_(model: PreTrainedModel, config: GETAConfig, inputs: Mapping[str, Any]) -> PreTrainedModel:
@@ -24,6 +24,7 @@ def prepare_skeleton_(model: PreTrainedModel, config: GETAConfig, inputs: Mappin
     Raises:
         ValueError: no layer to quantize, no axis to prune, inputs that the model does not take.
     """
+    config = settled(config, model)
     preparation = find_groups(model, config, inputs)
     if config.weight_bits is not None:
         quantize_modules_(model, config)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_geta.quantization.kernels import MULTIPLIERS, Grid, spread
+from hf_geta.quantization.kernels import MULTIPLIERS
 from hf_geta.quantization.weight_clips import best_of, least_squares_clip, rounding_error
 
 # Clips of a multiplier of 16, over the largest clip of the channel's blocks: what is tried.
@@ -47,7 +47,7 @@ class Blocks(nn.Module):
     block_of: Tensor  # int32, (in,)
     in_order: bool  # whether inputs are in blocks as they lie
 
-    def __init__(self, shape: Sequence[int], dim: int, size: int = 32, device: torch.device | None = None) -> None:
+    def __init__(self, shape: Sequence[int], dim: int, size: int, device: torch.device | None = None) -> None:
         super().__init__()
         self.dim, self.size = dim, size
         self.register_buffer("multipliers", torch.empty(tuple(shape), dtype=torch.uint8, device=device))
@@ -70,8 +70,7 @@ class Blocks(nn.Module):
 
     def spread(self) -> Tensor:
         """m / 16 for every weight, float32."""
-        whole = Grid(None, None, block_of=self.block_of)
-        return spread(self.multipliers.float() / MULTIPLIERS, self.dim, whole, 0, len(self.block_of))
+        return (self.multipliers.float() / MULTIPLIERS).index_select(self.dim, self.block_of)
 
     def can_be_packed(self, bits: int, kept: Tensor | None = None) -> bool:
         """Whether a layer of this width can be packed with them: inputs as they lie, and products of 8 bits.

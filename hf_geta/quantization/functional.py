@@ -46,7 +46,7 @@ def fake_quantize(
     signed: bool = True,
     multipliers: Tensor | None = None,
     block_of: Tensor | None = None,
-    block_size: int = 32,
+    block_size: int = 0,
 ) -> Tensor:
     """Q(x), in the shape and dtype of x, with gradients for x and for what the quantizer learns (GETA, Sec. 3).
 
@@ -81,7 +81,7 @@ def quantize_codes(
     signed: bool = True,
     multipliers: Tensor | None = None,
     block_of: Tensor | None = None,
-    block_size: int = 32,
+    block_size: int = 0,
 ) -> Tensor:
     """The integers k of `fake_quantize`: int32, the shape of x, |k| <= 2^(b-1) - 1 at a whole width b.
 

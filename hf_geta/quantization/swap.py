@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections import Counter
@@ -13,7 +14,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta.config import GETAConfig
-from hf_geta.config_checks import check_blocks
 from hf_geta.quantization.blocks import Blocks
 from hf_geta.quantization.experts import StackedLinear, join_experts_, stacked_parameters
 from hf_geta.quantization.layers import (
@@ -40,7 +40,8 @@ QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
 def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
     """Turns Linear, Conv2d and Conv1D layers into quantized ones, in place; returns their module names.
 
-    With `config.quantize_embeddings`, also the input and output embeddings, and whatever is tied to them.
+    With `config.quantize_embeddings`, also the input and output embeddings, and whatever is tied to them. A config that
+    names no granularity has the usual one of such a model (`settled`).
 
     Weights start at `config.initial_bits` over their own range; inputs (with `config.activation_bits`) stay in float
     until `calibrate_`. Parameter objects are kept, so ties survive; layers that share a weight share its quantizer.
@@ -51,8 +52,7 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
         ValueError: if no layer is left to quantize, if a name matches no module, if a weight is not finite, or if an
             embedding that is to be quantized cannot be, or if only one of two tied layers would be.
     """
-    granularity = config.granularity or usual_granularity(model)
-    check_blocks(config.weight_block_size, granularity)
+    config = settled(config, model)
     embeddings = set() if config.quantize_embeddings is None else _embedding_weights(model)
     skipped = _skipped_names(model, config.modules_to_not_convert, embeddings)
     quantizers: dict[tuple[int, int], Quantizer] = {}
@@ -69,7 +69,7 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
             continue
         key = (id(module.weight), quantized.channel_dim)
         if key not in quantizers:
-            quantizers[key] = _weight_quantizer(name, module, quantized.channel_dim, config, granularity, is_embedding)
+            quantizers[key] = _weight_quantizer(name, module, quantized.channel_dim, config, is_embedding)
         module.float_class = type(module)
         module.__class__ = quantized  # the same module: hooks, names and references to it stay valid
         module.weight_quantizer = quantizers[key]
@@ -155,26 +155,35 @@ def _input_quantizer(device: torch.device) -> Quantizer:
 
 
 def _weight_quantizer(
-    name: str, module: nn.Module, channel_dim: int, config: GETAConfig, granularity: str, is_embedding: bool
+    name: str, module: nn.Module, channel_dim: int, config: GETAConfig, is_embedding: bool
 ) -> Quantizer:
     weight: Any = module.weight
     if not weight.is_meta and not torch.isfinite(weight).all():
         raise ValueError(f"{name}.weight contains NaN or infinite values: check the checkpoint that it came from.")
     shape = None
-    if granularity != "tensor" or is_embedding or isinstance(module, StackedLinear):
+    if config.granularity != "tensor" or is_embedding or isinstance(module, StackedLinear):
         shape = tuple(size if dim == channel_dim else 1 for dim, size in enumerate(weight.shape))
     widths = "quantize_embeddings" if is_embedding else "weight_bits"
     blocks = None
-    if granularity == "block" and weight.ndim == 2 and weight.shape[channel_dim] > 1 and not is_embedding:
+    if config.granularity == "block" and weight.ndim == 2 and weight.shape[channel_dim] > 1 and not is_embedding:
         blocks = Blocks(weight.shape, 1 - channel_dim, config.weight_block_size, weight.device)
     quantizer = Quantizer(shape, device=weight.device, widths=widths, blocks=blocks)
     quantizer.initialize_(weight, config.initial_bits)
     return quantizer
 
 
-def usual_granularity(model: nn.Module) -> str:
-    """That of a config which names none: 4-bit weights of models of text need more than one clip (model_cards)."""
-    return "block" if isinstance(_embeddings(model, "input"), nn.Embedding) else "tensor"
+def settled(config: GETAConfig, model: nn.Module) -> GETAConfig:
+    """The config with the granularity that it has for `model`, where it names none: "block" if the model reads or
+    writes tokens, since 4-bit weights of such models need more than one clip (model_cards), else "tensor".
+
+    Raises:
+        ValueError: for a size of blocks where there are none.
+    """
+    if config.granularity is not None:
+        return config
+    has_tokens = isinstance(_embeddings(model, "input"), nn.Embedding)
+    has_tokens |= getattr(model, "main_input_name", None) == "input_ids"
+    return dataclasses.replace(config, granularity="block" if has_tokens else "tensor")
 
 
 def _embeddings(model: nn.Module, end: str) -> nn.Module | None:

@@ -20,6 +20,9 @@ def model():
         return BertForSequenceClassification(config)
 
 
+OF_BLOCKS = {"granularity": "block", "step_size": None}
+
+
 def _layer(**changes):
     return {"bits": 4, "shape": [4, 8], "granularity": "tensor", "step_size": 0.5, **changes}
 
@@ -76,6 +79,14 @@ def test_only_what_has_blocks_is_of_version_2_and_of_another_size_of_version_3()
     assert values["layers"]["x"] == {"bits": 4, "shape": [3, 40], "granularity": "block", "block_size": 16}
     assert Manifest.from_dict(json.loads(json.dumps(values))) == manifest
     assert small.block_shape == (3, 3)
+
+
+def test_a_key_with_the_value_null_is_one_that_is_left_out():
+    entry = _layer(**OF_BLOCKS, block_size=None, shared_with=None)
+    values = {"format_version": 2, "layers": {"a": entry, "b": _layer(**OF_BLOCKS, shared_with="a")}}
+    layers = Manifest.from_dict(values).layers
+    assert layers["a"] == LayerManifest(4, (4, 8), "block")
+    assert layers["a"].block_shape == (4, 1)
 
 
 def test_a_step_size_may_be_written_as_a_whole_number():
@@ -188,9 +199,16 @@ def test_a_model_of_another_quantization_method_is_refused(model):
             {"format_version": 3, "layers": {"a": _layer(granularity="block", step_size=None, block_size=24)}},
             r"layers: a has block_size=24: it is one of \(16, 32, 64, 128\), of blocks only",
         ),
+        *(
+            ({"format_version": 3, "layers": {"a": _layer(block_size=size, **others)}}, "layers: a has block_size=")
+            for size, others in ((16, {}), *((odd, OF_BLOCKS) for odd in (True, 16.0, "16", [16], 10**40)))
+        ),
         (
-            {"format_version": 3, "layers": {"a": _layer(block_size=16)}},
-            "layers: a has block_size=16: it is one of",
+            {
+                "format_version": 3,
+                "layers": {"a": _layer(**OF_BLOCKS, block_size=16), "b": _layer(**OF_BLOCKS, shared_with="a")},
+            },
+            "layers: b is shared_with 'a', which holds no such weight",
         ),
         ({"layers": {"a": _layer(granularity="row")}}, "layers: a has granularity='row': it is one of"),
         ({"layers": {"a": _layer(zero_point=3)}}, "layers: a has no zero_point; its keys are"),

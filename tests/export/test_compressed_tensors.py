@@ -27,8 +27,8 @@ ROUNDED = {"activation_bits": (8, 8), "share_inputs": True}
 WIDTHS = (2, 3, 4, 5, 6, 8)
 # family, changes of its config, of GETA's
 MODELS = {
-    "weights": ("llama", {}, {"granularity": "channel"}),
-    "inputs": ("llama", {}, ROUNDED | {"granularity": "channel"}),
+    "weights": ("llama", {}, {"granularity": "tensor"}),
+    "inputs": ("llama", {}, ROUNDED | {"granularity": "tensor"}),
     "blocks": ("llama", {"hidden_size": 64}, {"granularity": "block"}),  # 12 hidden units are left: no whole block
     "blocks of 16": ("llama", {"hidden_size": 64}, {"granularity": "block", "weight_block_size": 16}),
     "blocks of 64": ("llama", {"hidden_size": 64}, {"weight_bits": (2, 4), "weight_block_size": 64}),

@@ -82,11 +82,13 @@ def test_a_run_ends_at_its_budget_within_one_move_with_every_width_in_range_at_e
             assert budget.cost(removed, wider) > config.target_bops
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
-def test_the_weight_file_is_not_larger_than_its_budget(granularity, tmp_path):
+@pytest.mark.parametrize(
+    "grid", [{"granularity": "tensor"}, {"granularity": "channel"}, {"granularity": "block", "weight_block_size": 16}]
+)
+def test_the_weight_file_is_not_larger_than_its_budget(grid, tmp_path):
     dense = sum(p.numel() for p in tiny_vit().parameters()) * 4
     config = GETAConfig(target_size=str(dense * 3 // 4), weight_bits=[2, 8], pruning_periods=4)
-    config = dataclasses.replace(config, granularity=granularity, activation_bits=(4, 8))
+    config = dataclasses.replace(config, activation_bits=(4, 8), **grid)
     model, optimizer = started(config)
     list(train(model, optimizer, range(TOTAL_STEPS)))
     finalize_model(model).save_pretrained(tmp_path)

@@ -109,6 +109,7 @@ def test_planned_memory_is_an_upper_estimate_within_half_of_what_is_measured(pla
 def test_a_model_of_the_planned_end_has_the_planned_size(granularity, file, tmp_path):
     settings = ["geta.group_sparsity=0.5", "geta.weight_bits=[4, 4]", "geta.activation_bits=null"]
     settings.append(f"geta.granularity={granularity}")
+    settings += ["geta.weight_block_size=16"] if granularity == "block" else []
     run = read_run(file, settings)
     model = AutoModelForImageClassification.from_config(run.model.config)
     end = make_plan(run).ends[0]

@@ -3,14 +3,29 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTModel,
+    WhisperConfig,
+    WhisperModel,
+)
 from transformers.pytorch_utils import Conv1D
 
+from hf_geta import compress
 from hf_geta.checkpoint.layers import set_backend_
 from hf_geta.checkpoint.pack import pack_layer
 from hf_geta.checkpoint.prune import slice_
+from hf_geta.compress import prepare_model
 from hf_geta.config import GETAConfig
 from hf_geta.config_checks import BLOCK_SIZES
+from hf_geta.preparation import preparation_of
 from hf_geta.quantization import kernels
 from hf_geta.quantization.blocks import Blocks, multiplier_unit
 from hf_geta.quantization.functional import fake_quantize, quantize_codes, trace_fake_quantize
@@ -19,6 +34,7 @@ from hf_geta.quantization.swap import quantize_modules_
 from hf_geta.quantization.weight_clips import least_squares_clip, rounding_error
 from tests.quantization.random_blocks import draw_multipliers_
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 INPUTS = 70  # of 32: two whole blocks and a part of one
 
 
@@ -151,21 +167,39 @@ def test_what_a_layer_holds_has_no_more_bits_than_8_or_its_codes(bits):
     assert torch.equal(packed.codes(), codes)
 
 
-def test_models_that_read_tokens_have_blocks_unless_their_config_says_otherwise():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    pictures = [
-        lambda: ViTModel(ViTConfig(**sizes)),
+def test_models_with_tokens_have_blocks_unless_their_config_says_otherwise():
+    speech = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 99, "pad_token_id": 0}
+    with_tokens = [
+        lambda: BertModel(BertConfig(**SMALL)),
+        lambda: CLIPModel(CLIPConfig(text_config=SMALL, vision_config=SMALL)),  # says of no embedding that it is it
+        lambda: WhisperModel(WhisperConfig(**speech, encoder_attention_heads=2, decoder_attention_heads=2)),
+    ]
+    without = [
+        lambda: ViTModel(ViTConfig(**SMALL)),
         lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])),
         lambda: nn.Sequential(nn.Linear(32, 32)),
     ]
-    for build, has_blocks in ((lambda: BertModel(BertConfig(**sizes)), True), *((build, False) for build in pictures)):
+    for build, has_blocks in (*((each, True) for each in with_tokens), *((each, False) for each in without)):
         for granularity, expected in ((None, has_blocks), ("tensor", False), ("channel", False)):
             model = build()
             quantize_modules_(model, GETAConfig(granularity=granularity))
-            quantizers = {layer.weight_quantizer for layer in quantized_layers(model).values()}
-            assert {quantizer.blocks is not None for quantizer in quantizers} == {expected}
+            layers = quantized_layers(model).values()
+            quantizers = {layer.weight_quantizer for layer in layers if layer.weight.ndim == 2}
+            assert {quantizer.blocks is not None for quantizer in quantizers} <= {expected}
     with pytest.raises(ValueError, match="weight_block_size=16 with granularity='tensor', which has no blocks"):
-        quantize_modules_(pictures[0](), GETAConfig(weight_block_size=16))
+        quantize_modules_(without[0](), GETAConfig(weight_block_size=16))
+
+
+def test_what_the_granularity_became_is_what_the_run_remembers():
+    model = BertForSequenceClassification(BertConfig(**{**SMALL, "vocab_size": 32}))
+    prepare_model(model, GETAConfig(group_sparsity=0.5), {"input_ids": torch.arange(8).view(1, 8)})
+    assert preparation_of(model).config == GETAConfig(group_sparsity=0.5, granularity="block")
+
+
+def test_a_size_of_blocks_for_a_model_without_is_refused_before_anything_is_tried(monkeypatch):
+    monkeypatch.setattr(compress, "find_groups", None)
+    with pytest.raises(ValueError, match="weight_block_size=16 with granularity='tensor'"):
+        prepare_model(ViTModel(ViTConfig(**SMALL)), GETAConfig(weight_block_size=16), {"pixel_values": torch.zeros(1)})
 
 
 def test_multipliers_of_a_wide_code_are_coarse():
@@ -179,7 +213,7 @@ def test_blocks_get_about_the_clips_of_their_own_in_sixteenths(transposed):
     weight[:, 32:64] /= 4
     weight[2, 64:] = 0
     weight[3] = 0
-    blocks = Blocks(weight.t().shape if transposed else weight.shape, 0 if transposed else 1)
+    blocks = Blocks(weight.t().shape if transposed else weight.shape, 0 if transposed else 1, 32)
     blocks.choose_(weight.t() if transposed else weight, 4)
     chosen = blocks.multipliers.t() if transposed else blocks.multipliers
     for channel in (0, 1, 4):
@@ -210,7 +244,7 @@ def test_multipliers_err_hardly_more_than_the_best_of_all(bits, weighted):
     def least_error(multipliers):
         return torch.stack([error_of(multipliers, top).sum(1) for top in tops]).amin(0)
 
-    blocks = Blocks(weight.shape, 1)
+    blocks = Blocks(weight.shape, 1, 32)
     blocks.choose_(weight, bits, importance)
     nearest = (clips / clips.amax(1, keepdim=True) * 16 / unit).round().clamp(1, 16 / unit) * unit
     error = least_error(blocks.multipliers.float()).sum()
@@ -224,7 +258,7 @@ def test_the_next_choice_forgets_which_inputs_the_last_one_kept(dim):
     weight = torch.randn(INPUTS, 6, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, INPUTS)[:, None]
     weight = weight if dim == 0 else weight.t()
     kept = torch.arange(INPUTS) % 3 > 0
-    blocks, fresh = Blocks(weight.shape, dim), Blocks(weight.shape, dim)
+    blocks, fresh = Blocks(weight.shape, dim, 32), Blocks(weight.shape, dim, 32)
     for again in (None, torch.ones(INPUTS, dtype=torch.bool), kept.flip(0)):
         blocks.choose_(weight, 4, kept=kept)
         assert not blocks.in_order

@@ -52,15 +52,18 @@ def _quiet():
     transformers.logging.set_verbosity(previous)
 
 
-@pytest.fixture(scope="module", params=["tensor", "channel", "block"])
+@pytest.fixture(scope="module", params=["tensor", "channel", "block", "block of 16"])
 def checkpoint(request, tmp_path_factory):
     """A pruned, packed GPT-2 with an attribute that followed and quantized inputs: its folder and its logits."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=4, n_positions=8)
+    granularity, _, size = request.param.partition(" of ")
+    width = int(size or 8) * 2  # two blocks
+    config = transformers.GPT2Config(vocab_size=32, n_embd=width, n_layer=1, n_head=4, n_positions=8)
     model = transformers.GPT2LMHeadModel(config).eval()
     qadg = build_qadg(model, IDS)
     model = qadg.prune(model, {axis.name: [0] for axis in qadg.axes})
-    quantize_modules_(model, GETAConfig(weight_bits=(2, 16), granularity=request.param, activation_bits=(8, 8)))
+    grid = {"granularity": granularity, "weight_block_size": int(size or 32)}
+    quantize_modules_(model, GETAConfig(weight_bits=(2, 16), activation_bits=(8, 8), **grid))
     for i, layer in enumerate(quantized_layers(model).values()):
         layer.weight_quantizer.set_bits_(3 + i)
         draw_multipliers_(layer, 3 + i)

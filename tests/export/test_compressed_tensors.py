@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from hf_geta import GETAConfig, finalize_model
 from hf_geta.checkpoint.layers import PackedLinear
 from hf_geta.cli import main
-from hf_geta.export.compressed_tensors import pack_to_words, round_inputs_to_bytes_
+from hf_geta.export.compressed_tensors import _no_groups, pack_to_words, round_inputs_to_bytes_
 from hf_geta.export.formats import export_checkpoint
 from hf_geta.export.plain import packed_weights
 from hf_geta.graph.example_inputs import example_inputs
@@ -129,6 +130,20 @@ def test_blocks_of_4_bits_are_groups_where_they_fill_rows_and_vllm_has_them(expo
             assert weights["num_bits"] == 8
             assert tensors[f"{name}.weight_scale"].shape == (rows, 1)
     assert all(stored[name]["strategy"] == "channel" for name in stored if "down_proj" in name)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "columns", "reason"),
+    [
+        ({32}, 64, ""),
+        ({128}, 256, ""),
+        ({32}, 48, "48 inputs are no multiple of 32, .*group_divisible=32 keeps such numbers"),
+        ({16}, 64, "vLLM's kernels know no groups of 16 inputs"),
+        ({32, 64}, 64, r"layers that read one tensor have blocks of \[32, 64\] inputs"),
+    ],
+)
+def test_why_blocks_are_no_groups_is_said(sizes, columns, reason):
+    assert re.match(reason or "$", _no_groups(sizes, columns))
 
 
 def test_inputs_at_8_bits_stay_rounded_signed_or_not(exported):

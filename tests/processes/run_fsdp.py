@@ -47,7 +47,12 @@ TIMES = ("runtime", "per_second")
 STEPS, GLOBAL_BATCH, PERIODS = 30, 8, 3
 RESUMED_STEP = 13  # inside a pruning period
 SHARE = GETAConfig(
-    group_sparsity=0.4, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=PERIODS, granularity="block"
+    group_sparsity=0.4,
+    weight_bits=[2, 6],
+    activation_bits=[4, 8],
+    pruning_periods=PERIODS,
+    granularity="block",
+    weight_block_size=16,
 )
 BUDGET = GETAConfig(target_bops=0.27, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=PERIODS)
 ADAMW = {"optim": "adamw_torch", "learning_rate": 3e-3, "weight_decay": 0.01}

@@ -32,7 +32,12 @@ IMAGES = {"image_size": 28, "patch_size": 7, "num_channels": 1, "num_labels": 10
 STEPS, SAVE_STEPS = 40, 3
 TARGETS = {
     "share": GETAConfig(
-        group_sparsity=0.5, weight_bits=[2, 6], activation_bits=[4, 8], pruning_periods=4, granularity="block"
+        group_sparsity=0.5,
+        weight_bits=[2, 6],
+        activation_bits=[4, 8],
+        pruning_periods=4,
+        granularity="block",
+        weight_block_size=16,
     ),
     "budget": GETAConfig(target_bops=0.01, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=4),
 }

@@ -91,6 +91,8 @@ def make_plan(run: Run, processes: int = 1) -> Plan:
     qadg, notes = preparation_of(model).qadg, []
     if run.has_teacher:
         notes.append("the teacher's weights and activations are not counted.")
+    if config.granularity is None and config.weight_bits is not None:
+        notes.append(f"granularity={preparation_of(model).config.granularity!r}, as usual for such a model.")
     if not qadg.can_be_cut:
         notes.append("these groups are zero in the end, not cut out: the file keeps the size of all.")
     return Plan(

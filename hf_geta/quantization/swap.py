@@ -88,7 +88,7 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
             "kind for one without experts and draws random ones: let modules_to_not_convert leave another layer."
         )
     check_ties(model)
-    logger.info("quantized %d layers: %s", len(names), ", ".join(names))
+    logger.info("quantized %d layers, granularity %s: %s", len(names), config.granularity, ", ".join(names))
     return names
 
 

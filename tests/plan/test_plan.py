@@ -158,3 +158,8 @@ def test_more_processes_take_fewer_steps_and_a_copy_of_the_gradients(file, plan)
     assert shared.memory.redundant == pytest.approx(4 * forgotten / GETA["pruning_periods"], abs=1)  # an int32 for each
     assert "Sharded over 2 devices" in format_plan(shared)
     assert plan.communication is None
+
+
+def test_a_plan_says_which_granularity_a_run_has_that_names_none(plan, file):
+    assert "Note: granularity='tensor', as usual for such a model." in format_plan(plan)
+    assert "granularity" not in format_plan(make_plan(read_run(file, ["geta.granularity=channel"])))

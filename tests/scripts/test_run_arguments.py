@@ -84,6 +84,14 @@ def test_a_single_width_may_be_none_as_a_flag_too(field, config, capsys):
     assert "'few': write a whole number, or none." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("field", "written"), [("granularity", "block"), ("target_size", "4MB")])
+def test_a_text_may_be_none_as_a_flag_too(field, written, config):
+    Path(config).write_text(f"{FILE}  {field}: {written}\n")
+    for flags, value in (([], written), ([f"--{field}", "none"], None), ([f"--{field}", written], written)):
+        *_, geta = parse_run(TYPES, ["--config", config, *flags])
+        assert getattr(geta, field) == value
+
+
 def test_two_fields_of_one_name_stay_two(config):
     _, _, training, geta = parse_run(TYPES, ["--config", config])
     assert (training.warmup_steps, geta.warmup_steps) == (7, 0.2)

@@ -226,7 +226,7 @@ def gradients(function, learned, multipliers, signed):
     """Q(x) and the gradients of a sum of its entries, weighted, for all that is learned: on the CPU."""
     x, *grid = learned
     weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(x)
-    value = function(x, Grid(*grid, signed, multipliers))
+    value = function(x, Grid(*grid, signed, multipliers, block_size=32))
     found = torch.autograd.grad((value * weights).sum(), [each for each in learned if each is not None])
     return [each.detach().cpu() for each in (value, *found)]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta.config import GETAConfig
@@ -181,8 +182,11 @@ def settled(config: GETAConfig, model: nn.Module) -> GETAConfig:
     """
     if config.granularity is not None:
         return config
-    has_tokens = isinstance(_embeddings(model, "input"), nn.Embedding)
-    has_tokens |= getattr(model, "main_input_name", None) == "input_ids"
+    configs: list[Any] = []
+    if isinstance(model, PreTrainedModel):
+        configs = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
+    has_vocabulary = any(hasattr(each, "vocab_size") for each in configs)
+    has_tokens = has_vocabulary or isinstance(_embeddings(model, "input"), nn.Embedding)
     return dataclasses.replace(config, granularity="block" if has_tokens else "tensor")
 
 

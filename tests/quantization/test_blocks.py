@@ -171,7 +171,7 @@ def test_models_with_tokens_have_blocks_unless_their_config_says_otherwise():
     speech = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 99, "pad_token_id": 0}
     with_tokens = [
         lambda: BertModel(BertConfig(**SMALL)),
-        lambda: CLIPModel(CLIPConfig(text_config=SMALL, vision_config=SMALL)),  # says of no embedding that it is it
+        lambda: CLIPModel(CLIPConfig(text_config=SMALL, vision_config=SMALL)),  # names no embedding as its own
         lambda: WhisperModel(WhisperConfig(**speech, encoder_attention_heads=2, decoder_attention_heads=2)),
     ]
     without = [

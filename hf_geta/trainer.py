@@ -95,8 +95,7 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         if self.geta_config is None:
             return
         if is_prepared(self.model):
-            config = preparation_of(self.model).config
-            given = settled(self.geta_config, self.model)
+            config, given = preparation_of(self.model).config, settled(self.geta_config, self.model)
             if names := config.different_fields(given):
                 raise ValueError(
                     f"the model was prepared with {config.in_words(names)}, the trainer was given "

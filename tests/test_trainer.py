@@ -290,7 +290,7 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path):
         ),
         ({"granularity": "block"}, "granularity='tensor', this one has granularity='block'"),
         (
-            {"granularity": "block"} | {"weight_block_size": 16},
+            {"granularity": "block", "weight_block_size": 16},
             "granularity='tensor', weight_block_size=32, this one has",
         ),
         ({"activation_bits": None}, r"activation_bits=\(4, 8\), this one has activation_bits=None"),

@@ -115,7 +115,7 @@ def _schemes(layers: Mapping[str, PackedLinear], readers: Sequence[Sequence[str]
                 logger.warning("%s: %s, so they are stored at 8 bits.", ", ".join(names), why_not)
                 scheme = Scheme(WEIGHT_BITS[-1])
             else:
-                scheme = Scheme(bits, block_size=sizes.pop())
+                scheme = Scheme(bits, block_size=min(sizes))  # the only one
         schemes.update(dict.fromkeys(names, scheme))
         if scheme.input_signed is not None and len({each.activation_step_size for each in manifests}) > 1:
             logger.warning(

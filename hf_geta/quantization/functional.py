@@ -62,8 +62,8 @@ def fake_quantize(
         channel_scale: positive, of shape (out, 1, ...) or (1, out): s above.
         signed: False clips x to [0, q_m] instead of [-q_m, q_m].
         multipliers: uint8, 1 ... 16, of shape (out, blocks) or (blocks, out): a block's scale is s multipliers / 16.
-        block_of: int32 (in,), the block of each input; None with `multipliers` means `block_size` inputs each, as they
-            lie.
+        block_of: int32 (in,), the block of each input; None with `multipliers` means blocks of inputs as they lie.
+        block_size: inputs of a block that is as they lie; needed with `multipliers` and without `block_of`.
 
     Only x is kept for the backward pass. While `torch.compile` or `torch.export` traces, the same function is spelled
     in elementwise operators.

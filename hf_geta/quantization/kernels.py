@@ -32,7 +32,7 @@ class Grid(NamedTuple):
     signed: bool = True
     multipliers: Any = None  # 16 m, (out, blocks) or (blocks, out), integers; None is m = 1
     block_of: Any = None  # (in,): the block of each input; None is `block_size` inputs each, as they lie
-    block_size: int = 0
+    block_size: int = 0  # inputs of a block; 0 without blocks
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -90,7 +90,7 @@ def budget_text(budget: Mapping[str, Any] | None) -> str:
 def _circumstances(results: Mapping[str, Any]) -> str:
     where = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    form = "**Quick form**: a small model on part of the data, for a CPU. " if results["quick"] else ""
+    form = "**Quick form**, for a CPU: a smaller model, less data or fewer steps. " if results["quick"] else ""
     return (
         f"{form}Measured on {where['date']} on {where['hardware']}; {versions}. Every figure is of the model loaded "
         "from disk, over the whole evaluation set. All rows of an experiment take the same number of optimizer steps "

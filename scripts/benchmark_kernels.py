@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python scripts/benchmark.py kernels [--outputs 2048] [--inputs 768] [--rows 1 4 32] [--rounds 5]
 
 Inputs are integers of 8 bits; weights are integers of 4 bits times one of 1 to 16 for each block of 32, as in a layer
-with blocks. The table has the time of each kernel over that of a float32 product, the median over rounds in which the
-kernels take turns, and the largest error of its outputs over the largest output.
+with blocks, or by themselves. The table has the time of each kernel over that of a float32 product, the median over
+rounds in which the kernels take turns, and the largest error of its outputs over the largest output.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ import torch
 from benchmark_inference import seconds
 from torch import Tensor
 
+from hf_geta.checkpoint.integer import stream_product
+from hf_geta.checkpoint.packing import pack_codes, unpack_narrow
+
 BLOCK = 32  # inputs that share a scale
 FLOAT, HALF, INT8 = "float32", "bfloat16", "int8 x int8"
+UNPACKED, STREAM = "4 bits, unpacked, int8 x int8", "4 bits as they lie, int8 x int8"
+BLOCKS = "4 bits as they lie, blocks, int8 x int8"
 INT4, INT4_FLOAT, WEIGHT_INT8 = "int4, bfloat16", "int4, float32", "int8 weight, bfloat16"
 
 
-def kernels(codes: Tensor, weight: Tensor, multipliers: Tensor) -> tuple[Tensor, dict[str, Callable[[], Tensor]]]:
-    """(the exact product, kernel -> what it makes of the same numbers).
+def kernels(codes: Tensor, weight: Tensor, multipliers: Tensor) -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
+    """Kernel -> (what it makes of the numbers, the exact product of what it takes).
 
     Args:
         codes: (rows, inputs) int8.
@@ -37,15 +42,21 @@ def kernels(codes: Tensor, weight: Tensor, multipliers: Tensor) -> tuple[Tensor,
     packed = ops._convert_weight_to_int4pack_for_cpu(weight.int() + 8, 1)
     scales = torch.stack([multipliers.t().float(), torch.zeros(multipliers.t().shape)], -1).contiguous()
     half, ones = codes.bfloat16(), torch.ones(len(weight), dtype=torch.bfloat16)
-    exact = codes.double() @ whole.double().t()
-    return exact, {
+    exact, without_blocks = (codes.double() @ factor.double().t() for factor in (whole, weight))
+    stream = pack_codes(weight, 4).view(len(weight), -1)
+    unpacked = functools.partial(unpack_narrow, stream.flatten(), 4, weight.numel())
+    calls: dict[str, Callable[[], Tensor]] = {
         FLOAT: functools.partial(torch.mm, codes.float(), whole.float().t()),
         HALF: functools.partial(torch.mm, half, whole.bfloat16().t()),
         INT8: functools.partial(torch._int_mm, codes, whole.t()),
+        UNPACKED: lambda: torch._int_mm(codes, unpacked().view(weight.shape).t()),
+        STREAM: lambda: stream_product(codes, stream, 4, None, 1.0, None),
+        BLOCKS: lambda: stream_product(codes, stream, 4, multipliers, 1.0, None),
         INT4: functools.partial(ops._weight_int4pack_mm_for_cpu, half, packed, BLOCK, scales.bfloat16()),
         INT4_FLOAT: functools.partial(ops._weight_int4pack_mm_for_cpu, codes.float(), packed, BLOCK, scales),
         WEIGHT_INT8: functools.partial(ops._weight_int8pack_mm, half, whole, ones),
     }
+    return {name: (call, without_blocks if name in (UNPACKED, STREAM) else exact) for name, call in calls.items()}
 
 
 @torch.inference_mode()
@@ -55,10 +66,10 @@ def measure(outputs: int, inputs: int, rows: int, rounds: int) -> dict[str, tupl
     codes = torch.randint(-127, 128, (rows, inputs), dtype=torch.int8)
     weight = torch.randint(-7, 8, (outputs, inputs), dtype=torch.int8)
     multipliers = torch.randint(1, 17, (outputs, inputs // BLOCK), dtype=torch.int8)
-    exact, calls = kernels(codes, weight, multipliers)
-    turns = [{name: seconds(call, 0.01) for name, call in calls.items()} for _ in range(rounds)]
+    calls = kernels(codes, weight, multipliers)
+    turns = [{name: seconds(call, 0.01) for name, (call, _) in calls.items()} for _ in range(rounds)]
     figures = {}
-    for name, call in calls.items():
+    for name, (call, exact) in calls.items():
         error = (call().double() - exact).abs().max() / exact.abs().max()
         figures[name] = statistics.median(turn[name] / turn[FLOAT] for turn in turns), error.item()
     return figures

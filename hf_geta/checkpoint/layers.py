@@ -28,6 +28,7 @@ class PackedLayer(PackedWeight):
     bias: Any
     backend = "reference"
     _fits_integers = False  # until a backend is set
+    _fits_stream = False
 
     def set_backend_(self, backend: str) -> None:
         """See `set_backend_` for a whole model."""
@@ -38,6 +39,7 @@ class PackedLayer(PackedWeight):
             and integer.fits_integers(self.manifest, self.channel_dim)
             and integer.has_integer_kernel(integer.input_dtype(self.manifest))
         )
+        self._fits_stream = self._fits_integers and self._rows_are_its_stream() and integer.fits_stream(self.manifest)
         if not (backend == "auto" and self._fits_integers):
             self.hold_(as_int8=False)
 
@@ -84,19 +86,28 @@ class PackedLayer(PackedWeight):
         if self._stored().device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # autocast knows no integers
             return False
         if self.backend == "auto" and not torch.compiler.is_compiling():
-            self._owner.hold_(as_int8=True)
+            self._owner.hold_(as_int8=not self._fits_stream or self.manifest.granularity == "block")  # which is faster
         return self.backend != "reference"
 
     def _integer_product(self, input: Tensor) -> Tensor:
         rows, shape = self._rows(integer.input_codes(input, self.manifest))
         step_size: Any = self._owner._buffers.get("step_size", self._owner.manifest.step_size)
         scale = step_size * integer.input_step_size(self.manifest)
-        output = integer.integer_product(rows, self._matrix(self._integers()), scale, self.bias)
+        stored = self._stored()
+        if self._fits_stream and stored.dtype == torch.uint8:
+            stream = stored.view(self.manifest.shape[0], -1)
+            output = integer.stream_product(rows, stream, self.manifest.bits, self.units_of_blocks(), scale, self.bias)
+        else:
+            output = integer.integer_product(rows, self._matrix(self._integers()), scale, self.bias)
         return self._from_rows(output.to(input.dtype), shape)
 
     # How the layer is a product of matrices: rows of the input, (rows, in), times the weight, (in, out).
 
     def _is_matrix_product(self) -> bool:
+        return True
+
+    def _rows_are_its_stream(self) -> bool:
+        """Whether the weights of one output lie side by side in the stream, in the order of `_rows`."""
         return True
 
     def _rows(self, codes: Tensor) -> tuple[Tensor, Sequence[int]]:
@@ -149,6 +160,9 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override]
             return False
         return self._windows_are_tiles() or self.in_channels >= MIN_WINDOW_CHANNELS
 
+    def _rows_are_its_stream(self) -> bool:
+        return self._windows_are_tiles()
+
     def _windows_are_tiles(self) -> bool:
         """They neither overlap nor leave the image: patches, and kernels of one pixel."""
         return self.kernel_size == self.stride and not any(self._reversed_padding_repeated_twice)
@@ -182,6 +196,9 @@ class PackedConv1D(PackedLayer, Conv1D):  # type: ignore[misc]
     channel_dim = 1
     takes_blocks = True
 
+    def _rows_are_its_stream(self) -> bool:
+        return False
+
     def _matrix(self, integers: Tensor) -> Tensor:
         return integers
 
@@ -197,7 +214,8 @@ def set_backend_(model: nn.Module, backend: str) -> None:
 
     Args:
         backend: "auto", as it is after `from_pretrained` and `finalize_model`: in integers where the layer and the CPU
-            allow it (from the first call on it holds int8 codes, one byte a weight), elsewhere like "reference".
+            allow it, elsewhere like "reference". Codes of 2 and 4 bits are multiplied as they lie packed; others, and
+            blocks, are held as int8 from the first call on, one byte a weight.
             "reference": the weight is decoded once and kept as floats: bit for bit the model that was trained, at the
             dense model's memory. "packed": nothing is kept but the packed codes; every call decodes them, to
             integers where possible.

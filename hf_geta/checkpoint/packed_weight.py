@@ -134,9 +134,9 @@ class PackedWeight(nn.Module):
         return unpack_multipliers(packed, math.prod(shape)).view(shape)
 
     def _multipliers(self) -> Tensor | None:
-        """`units_of_blocks` in the dense shape."""
+        """`units_of_blocks` in the dense shape; None where all are 1, which a code of 8 bits leaves no other choice."""
         blocks, dim = self.units_of_blocks(), self.manifest.block_dim
-        if blocks is None:
+        if blocks is None or self.highest_multiplier == 1:
             return None
         return blocks.repeat_interleave(self.manifest.block_size, dim).narrow(dim, 0, self.manifest.shape[dim])
 

@@ -14,7 +14,9 @@ from hf_geta import GETAQuantizationConfig
 from hf_geta.checkpoint import integer
 from hf_geta.checkpoint.layers import BACKENDS, PackedLayer, set_backend_
 from hf_geta.checkpoint.pack import pack_layer, pack_model_
+from hf_geta.checkpoint.packing import pack_codes
 from hf_geta.config import GETAConfig
+from hf_geta.quantization.blocks import MULTIPLIERS, multiplier_unit
 from hf_geta.quantization.layers import quantized_layers
 from hf_geta.quantization.swap import quantize_modules_
 from tests.quantization.random_blocks import draw_multipliers_
@@ -173,6 +175,42 @@ def test_in_integers_a_row_is_the_same_bit_for_bit_in_any_batch():
     packed.set_backend_("auto")
     x = torch.randn(300, 37)
     assert torch.equal(packed(x)[17:18], packed(x[17:18]))
+
+
+@needs_kernel
+@pytest.mark.parametrize("bits", integer.STREAM_BITS)
+@pytest.mark.parametrize("numel", [1, 200, 1 << 21])
+@pytest.mark.parametrize("block_size", [None, 16, 32, 128])
+def test_a_product_with_the_packed_stream_is_that_with_its_codes(bits, numel, block_size, monkeypatch):
+    monkeypatch.setattr(integer, "STREAM_NUMEL", numel)
+    torch.manual_seed(bits)
+    for out, columns in ((1, 128), (7, 256), (33, 640)):
+        codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (out, columns), dtype=torch.int8)
+        units, numbers = None, codes
+        if block_size is not None:
+            if block_size * bits % 64:
+                continue
+            highest = MULTIPLIERS // multiplier_unit(bits)
+            units = torch.randint(1, highest + 1, (out, columns // block_size), dtype=torch.int8)
+            numbers = codes.clamp(min=1 - (1 << bits - 1)) * units.repeat_interleave(block_size, 1)
+        stream = pack_codes(codes if units is None else codes.clamp(min=1 - (1 << bits - 1)), bits).view(out, -1)
+        scale, bias = torch.rand(out), torch.randn(out)
+        for dtype in (torch.int8, torch.uint8):
+            info = torch.iinfo(dtype)
+            rows = torch.randint(info.min, info.max + 1, (5, columns), dtype=dtype)
+            expected = integer.integer_product(rows, numbers.t(), scale, bias)
+            assert torch.equal(integer.stream_product(rows, stream, bits, units, scale, bias), expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("bits", "bytes_a_weight"), [(2, 0.25), (3, 1), (4, 0.5), (5, 1), (8, 1)])
+@torch.no_grad()
+def test_auto_keeps_the_packed_codes_where_products_take_them(bits, bytes_a_weight):
+    packed, x = packed_layer("one row", bits)
+    packed.set_backend_("auto")
+    packed(x)
+    held = packed._buffers["weight"]
+    assert held.numel() * held.element_size() == bytes_a_weight * 64 * 130
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -67,9 +67,9 @@ def test_a_size_is_compared_by_its_units(capsys):
 def test_kernels_that_are_compared_make_the_same_product(capsys):
     figures = benchmark_kernels.main(["--outputs", "64", "--inputs", "96", "--rows", "3", "--rounds", "1"])[3]
     errors = {name: error for name, (_, error) in figures.items()}
-    assert len(errors) == 6
+    assert len(errors) == 9
     if not has_integer_kernel(torch.int8):  # without VNNI it may saturate
-        errors.pop(benchmark_kernels.INT8)
+        errors = {name: error for name, error in errors.items() if not name.endswith(benchmark_kernels.INT8)}
     for name, error in errors.items():
         assert error < 1e-2 if name.endswith("bfloat16") else error == 0, name
     assert "| rows | 3 | largest error |" in capsys.readouterr().out

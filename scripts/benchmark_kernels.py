@@ -19,13 +19,13 @@ import torch
 from benchmark_inference import seconds
 from torch import Tensor
 
-from hf_geta.checkpoint.integer import stream_product
+from hf_geta.checkpoint.integer import packed_product
 from hf_geta.checkpoint.packing import pack_codes, unpack_narrow
 
 BLOCK = 32  # inputs that share a scale
 FLOAT, HALF, INT8 = "float32", "bfloat16", "int8 x int8"
-UNPACKED, STREAM = "4 bits, unpacked, int8 x int8", "4 bits as they lie, int8 x int8"
-BLOCKS = "4 bits as they lie, blocks, int8 x int8"
+UNPACKED, PACKED = "4 bits, unpacked, int8 x int8", "4 bits, packed, int8 x int8"
+BLOCKS = "4 bits, packed, blocks, int8 x int8"
 INT4, INT4_FLOAT, WEIGHT_INT8 = "int4, bfloat16", "int4, float32", "int8 weight, bfloat16"
 
 
@@ -39,24 +39,24 @@ def kernels(codes: Tensor, weight: Tensor, multipliers: Tensor) -> dict[str, tup
     """
     ops = torch.ops.aten
     whole = weight * multipliers.repeat_interleave(BLOCK, 1)
-    packed = ops._convert_weight_to_int4pack_for_cpu(weight.int() + 8, 1)
+    int4 = ops._convert_weight_to_int4pack_for_cpu(weight.int() + 8, 1)
     scales = torch.stack([multipliers.t().float(), torch.zeros(multipliers.t().shape)], -1).contiguous()
     half, ones = codes.bfloat16(), torch.ones(len(weight), dtype=torch.bfloat16)
     exact, without_blocks = (codes.double() @ factor.double().t() for factor in (whole, weight))
-    stream = pack_codes(weight, 4).view(len(weight), -1)
-    unpacked = functools.partial(unpack_narrow, stream.flatten(), 4, weight.numel())
+    packed = pack_codes(weight, 4).view(len(weight), -1)
+    unpacked = functools.partial(unpack_narrow, packed.flatten(), 4, weight.numel())
     calls: dict[str, Callable[[], Tensor]] = {
         FLOAT: functools.partial(torch.mm, codes.float(), whole.float().t()),
         HALF: functools.partial(torch.mm, half, whole.bfloat16().t()),
         INT8: functools.partial(torch._int_mm, codes, whole.t()),
         UNPACKED: lambda: torch._int_mm(codes, unpacked().view(weight.shape).t()),
-        STREAM: lambda: stream_product(codes, stream, 4, None, 1.0, None),
-        BLOCKS: lambda: stream_product(codes, stream, 4, multipliers, 1.0, None),
-        INT4: functools.partial(ops._weight_int4pack_mm_for_cpu, half, packed, BLOCK, scales.bfloat16()),
-        INT4_FLOAT: functools.partial(ops._weight_int4pack_mm_for_cpu, codes.float(), packed, BLOCK, scales),
+        PACKED: lambda: packed_product(codes, packed, 4, None, 1.0, None),
+        BLOCKS: lambda: packed_product(codes, packed, 4, multipliers, 1.0, None),
+        INT4: functools.partial(ops._weight_int4pack_mm_for_cpu, half, int4, BLOCK, scales.bfloat16()),
+        INT4_FLOAT: functools.partial(ops._weight_int4pack_mm_for_cpu, codes.float(), int4, BLOCK, scales),
         WEIGHT_INT8: functools.partial(ops._weight_int8pack_mm, half, whole, ones),
     }
-    return {name: (call, without_blocks if name in (UNPACKED, STREAM) else exact) for name, call in calls.items()}
+    return {name: (call, without_blocks if name in (UNPACKED, PACKED) else exact) for name, call in calls.items()}
 
 
 @torch.inference_mode()

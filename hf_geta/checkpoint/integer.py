@@ -19,11 +19,12 @@ from hf_geta.checkpoint.manifest import LayerManifest
 from hf_geta.checkpoint.packing import highest_code
 
 KERNEL_BITS = 8  # of either factor
-WORDS = {2: torch.int16, 4: torch.int32}  # of so many bytes
-STREAM_BITS = tuple(KERNEL_BITS // codes for codes in WORDS)  # of which a byte holds whole codes
-ONES = 0x0101010101010101  # 1 in each byte of a word
-HIGH_BITS = -0x7F7F7F7F7F7F7F80  # 128 in each, as a number with a sign
-STREAM_NUMEL = 1 << 21  # codes that are spread at a time: they stay in the cache until they are multiplied
+PACKED_BITS = (2, 4)  # of which a byte holds whole codes
+WORDS = {2: torch.int32, 4: torch.int16}  # width of a code -> type of as many bytes as one byte holds codes
+BYTES_OF_1 = 0x0101010101010101  # a word of eight bytes, 1 in each
+BYTES_OF_128 = -0x7F7F7F7F7F7F7F80  # 0x8080808080808080 as a signed number
+CHUNK_NUMEL = 1 << 21  # weights that are int8 at a time
+MIN_PACKED_NUMEL = 1 << 16  # smaller layers are faster as int8: what a call costs is its operations, not its bytes
 MAX_SUM = 2**31 - 1
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,19 +41,21 @@ def fits_integers(manifest: LayerManifest, channel_dim: int) -> bool:
     return terms > 1 and terms * highest * _highest_input(manifest) <= MAX_SUM
 
 
-def fits_stream(manifest: LayerManifest) -> bool:
-    """Whether `stream_product` takes a layer that `fits_integers` and whose rows follow one another in its stream.
+def fits_packed_product(manifest: LayerManifest) -> bool:
+    """Whether `packed_product` takes a layer that `fits_integers` and whose rows follow one another in its stream.
 
-    Bytes hold whole codes and rows some whole bytes, with blocks whole blocks of whole words. Without blocks, sums of
-    2^(8 - bits) times the codes have to stay below 2^31 as well.
+    - A byte holds whole codes: 2 or 4 bits.
+    - A row is whole bytes, more than one (of sums of one term torch's kernel leaves the result unwritten).
+    - Sums stay below 2^31, with each code in the upper bits of a byte.
+    - With blocks instead: a row is whole blocks, and their codes at one position of the bytes fill whole words.
     """
     bits, terms = manifest.bits, math.prod(manifest.shape[1:])
-    if bits not in STREAM_BITS:
+    if bits not in PACKED_BITS:
         return False
     if manifest.granularity == "block":
         return terms % manifest.block_size == 0 and manifest.block_size * bits % 64 == 0
-    highest = highest_code(bits) << KERNEL_BITS - bits
-    return terms * bits % 8 == 0 and terms * bits > 8 and terms * highest * _highest_input(manifest) <= MAX_SUM
+    largest = 1 << KERNEL_BITS - 1
+    return terms * bits % 8 == 0 and terms * bits > 8 and terms * largest * _highest_input(manifest) <= MAX_SUM
 
 
 @functools.cache
@@ -109,64 +112,66 @@ def integer_product(rows: Tensor, weight: Tensor, scale: Tensor | float, bias: T
     return y if bias is None else y.add_(bias)
 
 
-def stream_product(
-    rows: Tensor, stream: Tensor, bits: int, units: Tensor | None, scale: Tensor | float, bias: Tensor | None
+def packed_product(
+    rows: Tensor, packed: Tensor, bits: int, multipliers: Tensor | None, scale: Tensor | float, bias: Tensor | None
 ) -> Tensor:
-    """`integer_product` with a weight as it is packed, of which only a part is spread into bytes at a time.
+    """`integer_product` of packed codes, without putting each where it belongs, which takes longer than the product.
 
-    One pass over its bytes makes a matrix of all codes that lie first in their byte, another of all that lie second,
-    and each is multiplied with its columns of the input. To put every code where it belongs costs several times more.
+    One pass over the bytes makes an int8 matrix of the codes at one position in all of them. It is multiplied with the
+    columns of the input that these codes stand for, and the products of all positions are added.
 
     Args:
-        rows: int8 or uint8, (rows, in), contiguous.
-        stream: uint8, (out, in * bits / 8), codes of 2 or 4 bits.
-        units: int8, (out, blocks), what multiplies the codes of a block; or None.
+        rows: int8 or uint8, (rows, in).
+        packed: uint8, (out, in * bits / 8), codes of 2 or 4 bits as `pack_codes` writes them.
+        multipliers: int8, (out, blocks), what multiplies the codes of a block; or None.
         scale: d_x d_w, a number or float32 (out,).
         bias: (out,).
 
     Returns:
-        float32, (rows, out), the same as `integer_product` of codes times units, bit for bit.
+        float32, (rows, out): bit for bit `integer_product` of the codes times their multipliers.
     """
-    together = KERNEL_BITS // bits
-    words = rows.view(WORDS[together])
-    columns = [(words >> KERNEL_BITS * place).to(rows.dtype) for place in range(together)]
-    sums = []
-    for first in range(0, len(stream), step := max(STREAM_NUMEL // rows.shape[1], 1)):
-        some = slice(first, first + step)
-        weights = _shifted(stream[some], bits) if units is None else _multiples(stream[some], units[some], bits)
-        products = [torch._int_mm(each, weight.t()) for each, weight in zip(columns, weights, strict=True)]
-        sums.append(functools.reduce(Tensor.add_, products))
-    y = (sums[0] if len(sums) == 1 else torch.cat(sums, 1)).to(torch.float32)
-    y.mul_(scale if units is not None else scale * 2.0 ** (bits - KERNEL_BITS))
+    per_byte = KERNEL_BITS // bits
+    words = rows.flatten().view(WORDS[bits]).view(len(rows), rows.shape[1] // per_byte)
+    columns = [(words >> KERNEL_BITS * position).to(rows.dtype) for position in range(per_byte)]
+    y = rows.new_empty(len(rows), len(packed), dtype=torch.float32)
+    for first in range(0, len(packed), step := max(CHUNK_NUMEL // rows.shape[1], 1)):
+        chunk = slice(first, first + step)
+        if multipliers is None:
+            weights = _codes_in_high_bits(packed[chunk], bits)
+        else:
+            weights = _codes_times_multipliers(packed[chunk], multipliers[chunk], bits)
+        products = (torch._int_mm(each, weight.t()) for each, weight in zip(columns, weights, strict=True))
+        y[:, chunk] = functools.reduce(Tensor.add_, products)
+    y.mul_(scale if multipliers is not None else scale * 2.0 ** (bits - KERNEL_BITS))
     return y if bias is None else y.add_(bias)
 
 
-def _shifted(stream: Tensor, bits: int) -> Iterator[Tensor]:
-    """2^(8 - bits) times the codes at each place of a byte, int8, (out, bytes): codes in upper bits, above zeros."""
-    upper = 256 - (1 << KERNEL_BITS - bits)
-    for place in range(together := KERNEL_BITS // bits):
-        if place == together - 1:
-            codes = stream & upper
-        else:
-            codes = stream * (1 << KERNEL_BITS - bits * (place + 1))  # what passes the byte's end is lost
-            if place:
-                codes &= upper
-        yield codes.view(torch.int8)
+def _codes_in_high_bits(packed: Tensor, bits: int) -> Iterator[Tensor]:
+    """2^(8 - bits) times the codes at each position in a byte, int8, (out, bytes).
+
+    A code in the upper bits of a byte, above zeros, is that: of the byte 0x3F, with the codes -1 and 3, 0xF0 is -16 and
+    0x30 is 48.
+    """
+    upper = 256 - (1 << KERNEL_BITS - bits)  # 0xC0, 0xF0
+    last = KERNEL_BITS // bits - 1
+    for position in range(last + 1):
+        codes = packed if position == last else packed * (1 << bits * (last - position))  # what passes 8 bits is lost
+        yield (codes & upper if position else codes).view(torch.int8)
 
 
-def _multiples(stream: Tensor, units: Tensor, bits: int) -> Iterator[Tensor]:
-    """The codes at each place of a byte times the units of their blocks, int8, (out, bytes): eight at a time.
+def _codes_times_multipliers(packed: Tensor, multipliers: Tensor, bits: int) -> Iterator[Tensor]:
+    """The codes at each position in a byte times the multipliers of their blocks, int8, (out, bytes): eight at a time.
 
     A word of eight bytes is a number with eight digits of base 256. With codes as its digits, some of them negative,
-    its product with the unit has the multiples as digits; 128 more make bytes of them.
+    its product with a multiplier has the products as digits; 128 more make bytes of them.
     """
     sign = 1 << bits - 1
-    unsigned = stream ^ sign * (255 // ((1 << bits) - 1))  # code + 2^(bits-1)
-    factors = units.to(torch.int64)[..., None]
-    for place in range(KERNEL_BITS // bits):
-        codes = (unsigned >> bits * place if place else unsigned) & (1 << bits) - 1
-        words = codes.view(torch.int64).view(*units.shape, -1)
-        words.sub_(sign * ONES).mul_(factors).add_(HIGH_BITS).bitwise_xor_(HIGH_BITS)
+    unsigned = packed ^ {2: 0xAA, 4: 0x88}[bits]  # each code + 2^(bits-1)
+    factors = multipliers.to(torch.int64)[..., None]
+    for position in range(KERNEL_BITS // bits):
+        codes = (unsigned >> bits * position if position else unsigned) & (1 << bits) - 1
+        words = codes.view(torch.int64).view(*multipliers.shape, -1)
+        words.sub_(sign * BYTES_OF_1).mul_(factors).add_(BYTES_OF_128).bitwise_xor_(BYTES_OF_128)
         yield codes.view(torch.int8)
 
 

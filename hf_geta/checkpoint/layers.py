@@ -6,6 +6,7 @@ integers, where the layer and the hardware allow it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ class PackedLayer(PackedWeight):
     bias: Any
     backend = "reference"
     _fits_integers = False  # until a backend is set
-    _fits_stream = False
+    _fits_packed = False  # that the product takes the codes as they are packed
 
     def set_backend_(self, backend: str) -> None:
         """See `set_backend_` for a whole model."""
@@ -39,7 +40,8 @@ class PackedLayer(PackedWeight):
             and integer.fits_integers(self.manifest, self.channel_dim)
             and integer.has_integer_kernel(integer.input_dtype(self.manifest))
         )
-        self._fits_stream = self._fits_integers and self._rows_are_its_stream() and integer.fits_stream(self.manifest)
+        rows_are_packed = self._fits_integers and self._rows_are_its_stream()
+        self._fits_packed = rows_are_packed and integer.fits_packed_product(self.manifest)
         if not (backend == "auto" and self._fits_integers):
             self.hold_(as_int8=False)
 
@@ -86,17 +88,21 @@ class PackedLayer(PackedWeight):
         if self._stored().device.type != "cpu" or torch.is_autocast_enabled("cpu"):  # autocast knows no integers
             return False
         if self.backend == "auto" and not torch.compiler.is_compiling():
-            self._owner.hold_(as_int8=not self._fits_stream or self.manifest.granularity == "block")  # which is faster
+            self._owner.hold_(as_int8=not self._fits_packed or self._is_much_faster_as_int8())
         return self.backend != "reference"
+
+    def _is_much_faster_as_int8(self) -> bool:
+        """Of the layers whose packed codes the product takes: those with blocks, and small ones."""
+        return self.manifest.granularity == "block" or math.prod(self.manifest.shape) < integer.MIN_PACKED_NUMEL
 
     def _integer_product(self, input: Tensor) -> Tensor:
         rows, shape = self._rows(integer.input_codes(input, self.manifest))
         step_size: Any = self._owner._buffers.get("step_size", self._owner.manifest.step_size)
         scale = step_size * integer.input_step_size(self.manifest)
         stored = self._stored()
-        if self._fits_stream and stored.dtype == torch.uint8:
-            stream = stored.view(self.manifest.shape[0], -1)
-            output = integer.stream_product(rows, stream, self.manifest.bits, self.units_of_blocks(), scale, self.bias)
+        if self._fits_packed and stored.dtype == torch.uint8:
+            packed, multipliers = stored.view(self.manifest.shape[0], -1), self.units_of_blocks()
+            output = integer.packed_product(rows, packed, self.manifest.bits, multipliers, scale, self.bias)
         else:
             output = integer.integer_product(rows, self._matrix(self._integers()), scale, self.bias)
         return self._from_rows(output.to(input.dtype), shape)
@@ -214,8 +220,8 @@ def set_backend_(model: nn.Module, backend: str) -> None:
 
     Args:
         backend: "auto", as it is after `from_pretrained` and `finalize_model`: in integers where the layer and the CPU
-            allow it, elsewhere like "reference". Codes of 2 and 4 bits are multiplied as they lie packed; others, and
-            blocks, are held as int8 from the first call on, one byte a weight.
+            allow it, elsewhere like "reference". Packed codes of 2 and 4 bits are multiplied without unpacking; others,
+            blocks and small layers are held as int8 from the first call on, one byte a weight.
             "reference": the weight is decoded once and kept as floats: bit for bit the model that was trained, at the
             dense model's memory. "packed": nothing is kept but the packed codes; every call decodes them, to
             integers where possible.

@@ -134,7 +134,7 @@ class PackedWeight(nn.Module):
         return unpack_multipliers(packed, math.prod(shape)).view(shape)
 
     def _multipliers(self) -> Tensor | None:
-        """`units_of_blocks` in the dense shape; None where all are 1, which a code of 8 bits leaves no other choice."""
+        """`units_of_blocks` in the dense shape; None where all of them are 1, as with 8 bits (loading checks that)."""
         blocks, dim = self.units_of_blocks(), self.manifest.block_dim
         if blocks is None or self.highest_multiplier == 1:
             return None

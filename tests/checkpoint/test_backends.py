@@ -1,7 +1,9 @@
 """How a packed layer computes: every backend against the reference."""
 
 import copy
+import dataclasses
 import io
+import math
 
 import accelerate
 import pytest
@@ -34,6 +36,9 @@ LAYERS = {
     "no row": (lambda: nn.Linear(8, 3), (0, 8)),
     "conv1d": (lambda: Conv1D(11, 37), (2, 3, 37)),
     "patches": (lambda: nn.Conv2d(3, 7, (2, 3), stride=(2, 3)), (2, 3, 7, 9)),
+    "pixels of 16 channels": (lambda: nn.Conv2d(16, 6, 1), (1, 16, 4, 3)),
+    "patches of one channel": (lambda: nn.Conv2d(1, 10, (1, 4), stride=(1, 4)), (2, 1, 1, 7)),
+    "a row for each output": (lambda: nn.Linear(64, 6), (3, 5, 64)),
     "pixels": (lambda: nn.Conv2d(9, 5, 1, bias=False), (2, 9, 4, 3)),
     "wide windows": (lambda: nn.Conv2d(16, 5, 3, 2, (1, 0)), (2, 16, 7, 5)),
     "wide windows, same size": (lambda: nn.Conv2d(17, 4, (3, 2), padding="same", bias=False), (1, 17, 4, 5)),
@@ -178,39 +183,106 @@ def test_in_integers_a_row_is_the_same_bit_for_bit_in_any_batch():
 
 
 @needs_kernel
-@pytest.mark.parametrize("bits", integer.STREAM_BITS)
 @pytest.mark.parametrize("numel", [1, 200, 1 << 21])
-@pytest.mark.parametrize("block_size", [None, 16, 32, 128])
-def test_a_product_with_the_packed_stream_is_that_with_its_codes(bits, numel, block_size, monkeypatch):
-    monkeypatch.setattr(integer, "STREAM_NUMEL", numel)
+@pytest.mark.parametrize(
+    ("bits", "block_size"), [(2, None), (2, 32), (2, 128), (4, None), (4, 16), (4, 32), (4, 64), (4, 128)]
+)
+def test_a_product_of_packed_codes_is_that_of_the_codes(bits, block_size, numel, monkeypatch):
+    """The lowest code too, which no weight of ours has."""
+    monkeypatch.setattr(integer, "CHUNK_NUMEL", numel)
     torch.manual_seed(bits)
-    for out, columns in ((1, 128), (7, 256), (33, 640)):
+    for out, columns in ((0, 128), (1, 128), (7, 256), (33, 640)):
         codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (out, columns), dtype=torch.int8)
-        units, numbers = None, codes
+        packed, multipliers, numbers = pack_codes(codes, bits).view(out, columns * bits // 8), None, codes
         if block_size is not None:
-            if block_size * bits % 64:
-                continue
             highest = MULTIPLIERS // multiplier_unit(bits)
-            units = torch.randint(1, highest + 1, (out, columns // block_size), dtype=torch.int8)
-            numbers = codes.clamp(min=1 - (1 << bits - 1)) * units.repeat_interleave(block_size, 1)
-        stream = pack_codes(codes if units is None else codes.clamp(min=1 - (1 << bits - 1)), bits).view(out, -1)
+            multipliers = torch.randint(1, highest + 1, (out, columns // block_size), dtype=torch.int8)
+            numbers = codes * multipliers.repeat_interleave(block_size, 1)
         scale, bias = torch.rand(out), torch.randn(out)
         for dtype in (torch.int8, torch.uint8):
             info = torch.iinfo(dtype)
-            rows = torch.randint(info.min, info.max + 1, (5, columns), dtype=dtype)
-            expected = integer.integer_product(rows, numbers.t(), scale, bias)
-            assert torch.equal(integer.stream_product(rows, stream, bits, units, scale, bias), expected)
+            for rows in (0, 5):
+                x = torch.randint(info.min, info.max + 1, (columns, rows), dtype=dtype).t()
+                expected = torch._int_mm(x.contiguous(), numbers.t()) * scale + bias
+                assert torch.equal(integer.packed_product(x, packed, bits, multipliers, scale, bias), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({}, True),
+        ({"bits": 2}, True),
+        ({"bits": 3}, False),
+        ({"bits": 8}, False),
+        ({"shape": (3, 63)}, False),
+        ({"shape": (3, 2)}, False),  # a term for each position
+        ({"shape": (3, 4)}, True),
+        ({"shape": (3, 65792)}, True),  # of 128 * 255 each
+        ({"shape": (3, 65794)}, False),
+        ({"granularity": "block", "block_size": 16}, True),
+        ({"granularity": "block", "block_size": 16, "bits": 2}, False),
+        ({"granularity": "block", "block_size": 32, "shape": (3, 80)}, False),
+    ],
+)
+def test_which_layers_are_multiplied_as_they_are_packed(changes, fits):
+    manifest = dataclasses.replace(packed_layer("one row", 4, signed=False)[0].manifest, **changes)
+    assert integer.fits_packed_product(manifest) is fits
 
 
 @needs_kernel
-@pytest.mark.parametrize(("bits", "bytes_a_weight"), [(2, 0.25), (3, 1), (4, 0.5), (5, 1), (8, 1)])
+@pytest.mark.parametrize(
+    ("kind", "bits", "granularity", "bytes_a_weight"),
+    [
+        ("a row for each output", 2, "tensor", 0.25),
+        ("a row for each output", 3, "tensor", 1),
+        ("a row for each output", 4, "channel", 0.5),
+        ("a row for each output", 5, "tensor", 1),
+        ("a row for each output", 4, "block", 1),
+        ("pixels of 16 channels", 4, "channel", 0.5),
+        ("wide windows", 4, "channel", 1),
+        ("conv1d", 4, "tensor", 1),
+    ],
+)
 @torch.no_grad()
-def test_auto_keeps_the_packed_codes_where_products_take_them(bits, bytes_a_weight):
-    packed, x = packed_layer("one row", bits)
+def test_auto_keeps_the_packed_codes_where_products_take_them(kind, bits, granularity, bytes_a_weight, monkeypatch):
+    for smallest in (0, 1 << 20):
+        monkeypatch.setattr(integer, "MIN_PACKED_NUMEL", smallest)
+        packed, x = packed_layer(kind, bits, granularity)
+        packed.set_backend_("auto")
+        packed(x)
+        expected = 1 if smallest else bytes_a_weight
+        assert packed._stored().nbytes == expected * math.prod(packed.manifest.shape)
+
+
+@needs_kernel
+@torch.no_grad()
+def test_blocks_of_8_bits_are_held_as_they_lie_in_the_file():
+    packed, x = packed_layer("one row", 8, "block")
     packed.set_backend_("auto")
+    file = packed._stored().data_ptr()
     packed(x)
-    held = packed._buffers["weight"]
-    assert held.numel() * held.element_size() == bytes_a_weight * 64 * 130
+    assert packed._stored().data_ptr() == file
+
+
+@needs_kernel
+@pytest.mark.parametrize("backend", ["auto", "packed"])
+@pytest.mark.parametrize(("bits", "granularity"), [(2, "tensor"), (4, "channel"), (4, "block"), (5, "tensor")])
+@pytest.mark.parametrize("smallest", [0, 1 << 20])
+def test_an_input_may_lie_in_memory_in_any_order(bits, granularity, backend, smallest, monkeypatch):
+    monkeypatch.setattr(integer, "MIN_PACKED_NUMEL", smallest)
+    inputs = {
+        "one row": [torch.randn(64, 3).t(), torch.randn(1, 64, 5).transpose(1, 2), torch.randn(2, 128)[:, 64:]],
+        "pixels of 16 channels": [torch.randn(1, 16, 4, 3), torch.randn(2, 4, 3, 16).permute(0, 3, 1, 2)],
+        "patches of one channel": [torch.randn(1, 1, 1, 7)],
+    }
+    for kind, tensors in inputs.items():
+        packed, _ = packed_layer(kind, bits, granularity)
+        packed.set_backend_(backend)
+        for x in tensors:
+            expected = packed(x.contiguous().clone())
+            assert torch.equal(packed(x), expected)
+            x.requires_grad_()
+            packed(x).sum().backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

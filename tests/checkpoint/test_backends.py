@@ -279,10 +279,12 @@ def test_an_input_may_lie_in_memory_in_any_order(bits, granularity, backend, sma
         packed, _ = packed_layer(kind, bits, granularity)
         packed.set_backend_(backend)
         for x in tensors:
-            expected = packed(x.contiguous().clone())
-            assert torch.equal(packed(x), expected)
-            x.requires_grad_()
+            in_order = x.clone(memory_format=torch.contiguous_format).requires_grad_()
+            expected = packed(in_order)
+            assert torch.equal(packed(x.requires_grad_()), expected)
             packed(x).sum().backward()
+            expected.sum().backward()
+            torch.testing.assert_close(x.grad, in_order.grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -17,7 +17,9 @@ from tests.export.families import halved, make_model, prepared
 from tests.export.test_compressed_tensors import set_widths
 
 VLLM = os.environ.get("HF_GETA_VLLM")
-MEAN_DIFFERENCE = {"bfloat16": 0.02, "float32": 0.004}  # in float32, codes of inputs next to a tie
+# Measured: 0.01, rounding in another order; 0.0007, a few codes of inputs next to a tie. One weight with step sizes
+# that are off by 5 % moves it by 0.024 to 0.038.
+MEAN_DIFFERENCE = {"bfloat16": 0.02, "float32": 0.004}
 SIZES = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 64}  # heads of 32
 OPT = {"vocab_size": 256, "hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 256, "max_position_embeddings": 64}
 ROUNDED = {"activation_bits": (8, 8), "share_inputs": True, "granularity": "channel"}
@@ -68,5 +70,6 @@ def root(tmp_path_factory):
 def test_vllm_computes_what_transformers_does(root, name):
     expected = torch.load(root / name / "expected.pt")
     found = torch.load(root / name / "log_probabilities.pt")
+    print(f"{name}: mean difference {(expected - found).abs().mean():.1e}")
     assert (expected - found).abs().mean() < MEAN_DIFFERENCE[MODELS[name][3]]
     assert (expected.roll(1, 0) - found).abs().mean() > 1  # of another text

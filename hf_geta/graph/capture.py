@@ -6,6 +6,7 @@ itself are never touched. (Hooks of the copy run, on what is traced.)
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from transformers import PreTrainedModel
 
 from hf_geta.graph.integers import Attribute, Equation
 from hf_geta.graph.recording import IntegerRecorder, trace_attributes_
@@ -26,6 +28,7 @@ from hf_geta.quantization.quantizers import Quantizer
 
 logger = logging.getLogger(__name__)
 
+ATTENTION = ("sdpa", "eager")  # what transformers computes by torch's operators
 MAX_CONSTANTS = 64  # ints in a list that a forward spells out
 TRACING_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
@@ -85,7 +88,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
 
 
 def _capture(model: nn.Module, inputs: Mapping[str, Any], trace: Callable[..., Trace]) -> Capture:
-    twin = structural_copy(model).train().eval()  # entering train mode, models forget what they computed from weights
+    twin = plain_copy(model).train().eval()  # entering train mode, models forget what they computed from weights
     for module in twin.modules():
         if isinstance(module, Quantizer):
             module.blocks = None  # which inputs share a multiplier ties no groups: what is left is divided anew
@@ -104,10 +107,22 @@ def _capture(model: nn.Module, inputs: Mapping[str, Any], trace: Callable[..., T
         for name, tensor in traced.constants.items()
         if tensor.dtype == torch.int64 and tensor.ndim == 1 and tensor.numel() <= MAX_CONSTANTS
     }
-    integers, equalities = recorder.resolved(traced.graph_module.graph)
+    integers, equalities = recorder.resolved(traced.graph_module)
     tensors = {first_names[id(tensor)]: tensor for tensor in names.values()}
     classes = {name: type(module) for name, module in twin.named_modules(remove_duplicate=False)}
     return Capture(traced.graph_module, sources, constants, tensors, attributes, integers, equalities, classes)
+
+
+def forget_autocast_(model: nn.Module) -> None:
+    """Take off the forward that accelerate gives a model for bf16 and fp16.
+
+    accelerate's own `unwrap_model` would take transformers' decorators off as well.
+    """
+    original: Any = vars(model).pop("_original_forward", None)
+    if original is not None:
+        del model.forward
+        if getattr(original, "__func__", None) is not type(model).forward:  # another's, from before
+            model.forward = original
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -170,3 +185,19 @@ def structural_copy(
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(converted, tensor.requires_grad) if is_parameter else converted
     return copy.deepcopy(model, memo)
+
+
+def plain_copy(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor] = operator.attrgetter("data")) -> Any:
+    """A `structural_copy` that computes the same by torch's own operators, in the precision of its tensors.
+
+    Neither accelerate's autocast comes along nor a kernel of attention (flash, flex), of which a trace sees one opaque
+    operator, and which takes some devices and dtypes only.
+    """
+    twin = structural_copy(model, convert)
+    forget_autocast_(twin)
+    for part in twin.modules():
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation not in (None, *ATTENTION):
+            with contextlib.suppress(ValueError):  # a model that has no "sdpa"
+                part.set_attn_implementation(ATTENTION[1])
+                part.set_attn_implementation(ATTENTION[0])
+    return twin

@@ -140,9 +140,10 @@ class IntegerRecorder(TorchFunctionMode):
                     self.integers[self._mark(node)] = bounds
                     break
 
-    def resolved(self, graph: fx.Graph) -> tuple[dict[str, list[int]], list[Equation]]:
+    def resolved(self, program: fx.GraphModule) -> tuple[dict[str, list[int]], list[Equation]]:
         """The notes by the names of the exported program's nodes; sizes that it no longer holds become constants."""
-        names = {node.meta[MARK]: node.name for node in graph.nodes if MARK in node.meta}
+        parts = [part for part in program.modules() if isinstance(part, fx.GraphModule)]  # with those under autocast
+        names = {node.meta[MARK]: node.name for part in parts for node in part.graph.nodes if MARK in node.meta}
 
         def resolve(leaf: Any) -> Expression:
             if not isinstance(leaf, SizeOf):

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from hf_geta.checkpoint.models import first_line
-from hf_geta.graph.capture import TRACING_ERRORS, structural_copy
+from hf_geta.graph.capture import TRACING_ERRORS, plain_copy
 from hf_geta.graph.qadg import QADG
 from hf_geta.graph.tracing import float_tensors, named_tensors, quiet_torch
 
@@ -49,13 +49,13 @@ class Law:
             axis.name: draw.sample(range(axis.size), min(axis.size - 1, max(1, int(share * axis.size))))
             for axis in qadg.axes
         }
-        self.dense = run(structural_copy(model, self.cast), self.inputs)
+        self.dense = run(plain_copy(model, self.cast), self.inputs)
         if not any(tensor.isfinite().any() for tensor in self.dense.values()):
             raise ValueError("it computes no finite number")
 
     def masked(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The outputs when the removed groups of these axes are zero."""
-        twin = structural_copy(self.model, self.cast)
+        twin = plain_copy(self.model, self.cast)
         touched = {member.tensor for axis in self.qadg.axes for member in axis.members}
         for name, tensor in named_tensors(twin).items():
             if name in touched:
@@ -66,7 +66,7 @@ class Law:
     def outputs_or_error(self, names: Iterable[str]) -> dict[str, Tensor] | str:
         """The outputs when these groups are cut out, or the error that this ends in."""
         try:
-            twin = structural_copy(self.model, self.cast)
+            twin = plain_copy(self.model, self.cast)
             self.qadg.prune_(twin, {name: self.removed[name] for name in names})
             return run(twin, self.inputs)
         except TRACING_ERRORS as error:
@@ -96,7 +96,7 @@ class ShapeLaw:
     def __call__(self, names: Sequence[str]) -> str:
         try:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
-            twin = structural_copy(self.model, mode.from_tensor)
+            twin = plain_copy(self.model, mode.from_tensor)
             self.qadg.prune_(twin, {name: self.removed[name] for name in names})
             with mode, quiet_torch():
                 run(twin, pytree.tree_map_only(Tensor, mode.from_tensor, dict(self.inputs)))

@@ -96,7 +96,7 @@ def prepare_model(
         # tried on the weights, so that a wrong graph never costs a training run
         preparation = agreed_object(find_groups(model, config, inputs, verify=True))
         if config.weight_bits is not None:
-            quantize_modules_(model, config)
+            quantize_modules_(model, config, preparation.qadg.bypassed)
             _check_float_parameters(model)
             preparation = dataclasses.replace(preparation, readers=_calibrate(model, config, batches))
         undo.pop_all()

@@ -77,7 +77,14 @@ def build_qadg(
         for one in walk.axes.contractions
         for operation in _operations(one, names)
     ]
-    qadg = QADG(tuple(axes), _frozen(space), tuple(operations), tuple(equations), captured.attributes)
+    qadg = QADG(
+        tuple(axes),
+        _frozen(space),
+        tuple(operations),
+        tuple(equations),
+        captured.attributes,
+        bypassed=_bypassed(walk, model),
+    )
     if verify is not False:
         batches = [inputs, *other_inputs(inputs)] if captured.is_concrete else [inputs]
         on_weights = captured.is_concrete or bool(optional) or (_is_cheap(model, qadg) if verify is None else verify)
@@ -87,6 +94,25 @@ def build_qadg(
     if missing := explain_missing_rules(qadg):
         logger.warning("%s", missing)
     return qadg
+
+
+def _bypassed(walk: Walk, model: nn.Module) -> tuple[str, ...]:
+    """The modules whose `weight` is read in the forward of a module that is not theirs."""
+    owners: dict[torch.Tensor, list[str]] = {}  # several where it is tied
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, attribute = name.rpartition(".")
+        if attribute == "weight":
+            owners.setdefault(parameter, []).append(owner)
+
+    def is_own(reader: str, modules: list[str]) -> bool:
+        return any(f"{reader}.".startswith(f"{module}.") for module in modules)
+
+    found: list[str] = []
+    for source, readers in walk.readers.items():
+        modules = owners.get(walk.captured.tensors[source], [])
+        if not all(is_own(reader, modules) for reader in readers):
+            found += modules
+    return tuple(found)
 
 
 def _tried(model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, on_weights: bool) -> QADG:

@@ -86,6 +86,7 @@ class QADG:
         attributes: the value of each of these attributes before pruning.
         can_be_cut: whether the model without a group is a smaller model; False for a space written by hand, whose
             groups can only be zeroed.
+        bypassed: modules whose `weight` the forward reads without calling them: what they do to it does not happen.
     """
 
     axes: tuple[Axis, ...]
@@ -94,6 +95,7 @@ class QADG:
     equations: tuple[Equation, ...]
     attributes: dict[Attribute, int]
     can_be_cut: bool = True
+    bypassed: tuple[str, ...] = ()
 
     @torch.no_grad()
     def zero_(self, model: nn.Module, removed: Removed) -> None:

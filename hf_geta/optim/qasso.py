@@ -69,7 +69,7 @@ class QASSO(OptimizerWrapper):
     ) -> None:
         self.config, self.budget = config, budget
         self.space = space
-        self.weights, self.width_sets = numbered.weights, numbered.width_sets
+        self.numbered, self.weights, self.width_sets = numbered, numbered.weights, numbered.width_sets
         # one row per parameter of the space, -1 without a quantizer
         self.quantizer_rows = [numbered.weight_rows.get(name, -1) for name in space.parameter_names]
         _separate_quantizer_parameters_(base, numbered.quantizers, config.quantizer_learning_rate)
@@ -122,6 +122,7 @@ class QASSO(OptimizerWrapper):
 
         Raises:
             FloatingPointError: if they did in many steps in a row.
+            ValueError: in the first one, for a layer that training goes around (`NumberedQuantizers.refuse_bypassed`).
         """
         loss = None
         if closure is not None:
@@ -132,6 +133,8 @@ class QASSO(OptimizerWrapper):
         self._are_averaged = False
         if not self.finite_steps.allow(self.param_groups):
             return loss
+        if self.step_count == 0:
+            self.numbered.refuse_bypassed()
         stage = self.schedule.stage_at(self.step_count)
         if stage is Stage.WARMUP:
             self.base.step()

@@ -57,6 +57,26 @@ class NumberedQuantizers:
             [sorted(rows) for rows in width_sets.values() if len(rows) > 1],
         )
 
+    def refuse_bypassed(self) -> None:
+        """After a backward: a weight with a gradient whose quantizer has none is read by the model, and not rounded.
+
+        Raises:
+            ValueError: naming the layers.
+        """
+        names = [
+            name.removesuffix(".weight")
+            for name, row in self.weight_rows.items()
+            if (weight := self.weights[row]) is not None
+            and weight.grad is not None
+            and self.quantizers[row].log_step_size.grad is None
+        ]
+        if names:
+            raise ValueError(
+                f"in training the model reads the weights of {', '.join(names)} without calling these layers, so that "
+                "nothing rounds them, while the saved model would: write "
+                f"modules_to_not_convert={sorted({name.rpartition('.')[2] for name in names})}."
+            )
+
     def nearest_bits(self, config: GETAConfig) -> Tensor:
         """The allowed width nearest to each quantizer's own, (quantizers,); in a set the widest of them."""
         bits = WidthTable(self.quantizers).bits()

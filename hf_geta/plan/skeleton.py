@@ -27,7 +27,7 @@ def prepare_skeleton_(model: PreTrainedModel, config: GETAConfig, inputs: Mappin
     config = settled(config, model)
     preparation = find_groups(model, config, inputs)
     if config.weight_bits is not None:
-        quantize_modules_(model, config)
+        quantize_modules_(model, config, preparation.qadg.bypassed)
         used = {
             id(model.get_parameter(operation.weight)) for operation in preparation.qadg.operations if operation.weight
         }

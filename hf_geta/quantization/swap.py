@@ -38,7 +38,7 @@ QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
 }
 
 
-def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
+def quantize_modules_(model: nn.Module, config: GETAConfig, bypassed: Collection[str] = ()) -> list[str]:
     """Turns Linear, Conv2d and Conv1D layers into quantized ones, in place; returns their module names.
 
     With `config.quantize_embeddings`, also the input and output embeddings, and whatever is tied to them. A config that
@@ -49,6 +49,10 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
     Kept in float are the modules that `config.modules_to_not_convert` names (by a run of dotted components: "fc1",
     "encoder.layer.0") or, if it is None, the output embeddings and every layer whose weight another module uses too.
 
+    Args:
+        bypassed: names of modules whose weight the model reads without calling them (`QADG.bypassed`). Training would
+            see such a weight in float, whatever its layer does: it stays so.
+
     Raises:
         ValueError: if no layer is left to quantize, if a name matches no module, if a weight is not finite, or if an
             embedding that is to be quantized cannot be, or if only one of two tied layers would be.
@@ -57,7 +61,7 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
     embeddings = set() if config.quantize_embeddings is None else _embedding_weights(model)
     skipped = _skipped_names(model, config.modules_to_not_convert, embeddings)
     quantizers: dict[tuple[int, int], Quantizer] = {}
-    names = []
+    names, in_float = [], []  # in_float: those that would be quantized, if they were called
     for name, module in list(model.named_modules()):
         is_embedding = id(module._parameters.get("weight")) in embeddings
         quantized = None if name in skipped else _quantized_class(module, is_embedding)
@@ -67,6 +71,9 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
                     f"quantize_embeddings={config.quantize_embeddings}: {name}, a {type(module).__name__}, has the "
                     "weight of an embedding and cannot be quantized (or modules_to_not_convert names it): write none."
                 )
+            continue
+        if name in bypassed and quantized is not QuantStackedLinear:  # which rounds what is read from it
+            in_float.append(name)
             continue
         key = (id(module.weight), quantized.channel_dim)
         if key not in quantizers:
@@ -78,6 +85,13 @@ def quantize_modules_(model: nn.Module, config: GETAConfig) -> list[str]:
         if config.activation_bits is not None and not isinstance(module, nn.Embedding):
             module.input_quantizer = _input_quantizer(module.weight.device)
         names.append(name)
+    if in_float:
+        logger.warning(
+            "%d layers (%s) stay in float: the model reads their weights without calling them, and training would not "
+            "see them rounded.",
+            len(in_float),
+            ", ".join(sorted({name.rpartition(".")[2] for name in in_float})),
+        )
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no layer to quantize: no Linear, Conv2d or Conv1D is left "

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_geta.config import GETAConfig
 
+DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 IGNORED = -100  # the label that no loss of transformers counts
 # Not all that ends so: Swin's `reshaped_hidden_states` are its `hidden_states` once more.
 HIDDEN_STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
@@ -187,7 +188,7 @@ def _matching(shape: torch.Size, *masks: Tensor | None) -> Tensor | None:
 
 def teacher_inputs(inputs: Mapping[str, Any], label_names: Collection[str], teacher: PreTrainedModel) -> dict[str, Any]:
     """The batch without labels, so that the teacher computes no loss; with them where a decoder is fed by them."""
-    if teacher.config.is_encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
+    if teacher.config.is_encoder_decoder and DECODER_INPUTS.isdisjoint(inputs):
         return dict(inputs)
     return {name: value for name, value in inputs.items() if name not in label_names}
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from transformers import PreTrainedModel
+
+from hf_geta.distillation import DECODER_INPUTS, IGNORED
 
 
 def first_batches(
@@ -37,6 +40,30 @@ def first_batches(
         dataset = IterableDatasetShard(dataset, size, **shard)
     loader = DataLoader(dataset, collate_fn=collate, generator=generator, **order)
     return list(itertools.islice(loader, count))
+
+
+def without_labels(batch: Mapping[str, Any], model: PreTrainedModel, labels: Collection[str]) -> dict[str, Any]:
+    """The batch as the forward takes it to predict; a decoder that is fed by the labels gets what it makes of them.
+
+    Args:
+        labels: the names that labels have in a batch.
+    """
+    kept = {name: value for name, value in batch.items() if name not in labels}
+    targets = batch.get("labels")
+    is_text = isinstance(targets, Tensor) and targets.ndim == 2 and not targets.is_floating_point()
+    if is_text and model.config.is_encoder_decoder and DECODER_INPUTS.isdisjoint(kept):
+        kept["decoder_input_ids"] = _shifted(batch["labels"], model)
+    return kept
+
+
+def _shifted(labels: Tensor, model: Any) -> Tensor:
+    """The ids by which a decoder predicts `labels`, (batch, length): the start token, and all of them but the last."""
+    for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):  # which know of language codes, and the like
+        if hasattr(model, name):
+            return getattr(model, name)(labels)
+    start = labels.new_full((len(labels), 1), model.config.decoder_start_token_id)
+    shifted = torch.cat([start, labels[:, :-1]], 1)
+    return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
 
 
 def refuse_unreadable(batches: Sequence[Mapping[str, Any]], model: nn.Module, labels: Sequence[str], data: Any) -> None:

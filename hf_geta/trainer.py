@@ -23,7 +23,7 @@ from hf_geta.compress import create_optimizer, prepare_model, refuse_compressed,
 from hf_geta.config import GETAConfig
 from hf_geta.engines import refuse_unsupported
 from hf_geta.finalize import finalize_model, rounded_widths
-from hf_geta.first_batches import first_batches, refuse_unreadable
+from hf_geta.first_batches import first_batches, refuse_unreadable, without_labels
 from hf_geta.hub import card_fields, describe_training, pickled_without_token, push_while_training
 from hf_geta.measure import compression_report, float_inputs, measure_compression, output_difference
 from hf_geta.optim.finite import refuse_not_finite
@@ -151,7 +151,7 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         Together they are the first `count` batches of the size that all processes train on in a step.
         """
         batches = self._first_batches(count)
-        return [{key: value for key, value in batch.items() if key not in self.label_names} for batch in batches]
+        return [without_labels(batch, self.model, self.label_names) for batch in batches]
 
     def _first_batches(self, count: int) -> list[dict[str, Any]]:
         if self.train_dataset is None:

@@ -90,19 +90,29 @@ class ImageDataset(torch.utils.data.Dataset):
     """Items `{"pixel_values": float32 (channels, height, width), "labels": class index}`.
 
     Decoding and resizing happen once, by the image processor, and stay in memory as uint8 where they fit; crops, flips
-    and normalization are done for a whole batch in `__getitems__`.
+    and normalization are done for a whole batch in `__getitems__`. Where a processor does anything else to images, its
+    own float32 result takes the place of the uint8.
+
+    Raises:
+        ValueError: for a processor that makes no (channels, height, width) of an image.
     """
 
     def __init__(self, images: LabelledImages, processor: Any, crop_padding: int = 0, horizontal_flip: bool = False):
-        channels = len(processor.image_mean)
         self.labels = images.labels
         self.crop_padding = crop_padding
         self.horizontal_flip = horizontal_flip
-        # (x / 255 - mean) / std as one scale and one shift
-        mean, std = (torch.tensor(v).view(1, channels, 1, 1) for v in (processor.image_mean, processor.image_std))
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        channels = len(getattr(processor, "image_mean", None) or "RGB")
         self._decode = Decoder(images.rows, processor, channels)
-        item = self._decode(np.array([0]))
+        self._scale, self._shift = normalization(processor)
+        first, processed = np.array([0]), Decoder(images.rows, processor, channels, is_processed=True)
+        item, expected = self._decode(first), processed(first)
+        if expected.ndim != 4:
+            raise ValueError(
+                f"{type(processor).__name__} makes pixel_values of shape {tuple(expected.shape[1:])} of an image, "
+                "not (channels, height, width): this program has no place for what goes with them."
+            )
+        if item.dtype != torch.uint8 or not _are_close(item * self._scale + self._shift, expected):
+            self._decode, self._scale, self._shift, item = processed, 1.0, 0.0, expected
         self._pixels = self._decode.all() if item.nbytes * len(images.rows) <= CACHE_LIMIT_BYTES else None
 
     def __len__(self) -> int:
@@ -123,16 +133,33 @@ class ImageDataset(torch.utils.data.Dataset):
         return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels)]
 
 
-class Decoder:
-    """Row numbers -> uint8 (n, channels, height, width) of the size that the processor asks for."""
+def normalization(processor: Any) -> tuple[Any, Any]:
+    """(scale, shift) by which uint8 pixels become what the model takes: numbers, or (1, channels, 1, 1)."""
+    scale = processor.rescale_factor if processor.do_rescale else 1.0
+    if not processor.do_normalize:
+        return scale, 0.0
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (processor.image_mean, processor.image_std))
+    return scale / std, -mean / std
 
-    def __init__(self, rows: datasets.Dataset, processor: Any, channels: int):
+
+def _are_close(pixels: torch.Tensor, expected: torch.Tensor) -> bool:
+    return pixels.shape == expected.shape and torch.allclose(pixels, expected.float(), rtol=1e-3, atol=1e-3)
+
+
+class Decoder:
+    """Row numbers -> (n, channels, height, width) of the size that the processor asks for.
+
+    As uint8, or with `is_processed` as the model takes them: rescaled and normalized, if the processor says so.
+    """
+
+    def __init__(self, rows: datasets.Dataset, processor: Any, channels: int, is_processed: bool = False):
         self._rows, self._processor = rows, processor
+        self._options = {} if is_processed else {"do_rescale": False, "do_normalize": False}
         self._mode = "L" if channels == 1 else "RGB"
 
     def __call__(self, rows: np.ndarray) -> torch.Tensor:
         images = [image.convert(self._mode) for image in self._rows[rows]["image"]]
-        return self._processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        return self._processor(images, **self._options, return_tensors="pt")["pixel_values"]
 
     def all(self) -> torch.Tensor:
         batches = np.array_split(np.arange(len(self._rows)), -(-len(self._rows) // DECODE_BATCH))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -85,11 +86,17 @@ def _text_columns(rows: datasets.Dataset, arguments: TextArguments) -> list[str]
     return columns
 
 
+def _known_class(column: str, label: int | None) -> int:
+    if label is None or label < 0:
+        raise ValueError(f"column {column!r}: some texts have no class (-1); leave them out, or take another split.")
+    return int(label)
+
+
 def _classes(rows: datasets.Dataset, column: str) -> tuple[list[str], Callable[[Any], int]]:
     """(names, value -> index) of the classes: as the data set declares them, or the values that occur, sorted."""
     feature = rows.features[column]
     if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names), int
+        return list(feature.names), functools.partial(_known_class, column)
     if feature.dtype.startswith("float"):
         raise ValueError(f"column {column!r} holds {feature.dtype} numbers, which are no classes: write label_column.")
     values = sorted(set(rows[column]))

@@ -7,7 +7,12 @@ import pytest
 import torch
 from images import DataArguments, ImageDataset, load_splits, random_crop, random_flip
 from PIL import Image
-from transformers import ViTImageProcessorPil
+from transformers import (
+    EfficientNetImageProcessor,
+    MobileViTImageProcessor,
+    Siglip2ImageProcessor,
+    ViTImageProcessorPil,
+)
 
 COUNT, SIZE = 12, 8
 
@@ -81,6 +86,33 @@ def test_items_equal_what_the_image_processor_makes(parquet_folder, monkeypatch,
     torch.testing.assert_close(torch.stack([item["pixel_values"] for item in items]), expected, atol=1e-5, rtol=0)
     assert [item["labels"] for item in items] == train.labels.tolist()
     torch.testing.assert_close(dataset[3]["pixel_values"], items[3]["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("processor", "in_uint8"),
+    [
+        (ViTImageProcessorPil(do_normalize=False), True),
+        (ViTImageProcessorPil(rescale_factor=1 / 127.5), True),
+        (ViTImageProcessorPil(do_rescale=False), True),
+        (MobileViTImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}), True),
+        (EfficientNetImageProcessor(size={"height": SIZE, "width": SIZE}), False),  # divides by std once more
+    ],
+    ids=["no normalization", "another factor", "no rescaling", "mobilevit", "efficientnet"],
+)
+def test_what_a_processor_does_to_images_is_done(parquet_folder, processor, in_uint8):
+    train, _ = load_splits(DataArguments(data_dir=str(parquet_folder)))
+    dataset = ImageDataset(train, processor)
+    items = dataset.__getitems__(list(range(COUNT)))
+    expected = processor(pictures(), return_tensors="pt")["pixel_values"]
+    found = torch.stack([item["pixel_values"] for item in items])
+    torch.testing.assert_close(found, expected.float(), atol=1e-3, rtol=1e-5)
+    assert (dataset._pixels.dtype == torch.uint8) == in_uint8
+
+
+def test_a_processor_that_makes_no_images_of_images_is_refused(parquet_folder):
+    train, _ = load_splits(DataArguments(data_dir=str(parquet_folder)))
+    with pytest.raises(ValueError, match="Siglip2ImageProcessor.* makes pixel_values of shape"):
+        ImageDataset(train, Siglip2ImageProcessor(patch_size=4, max_num_patches=16))
 
 
 def test_a_crop_is_a_window_of_the_padded_image():

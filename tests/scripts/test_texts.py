@@ -97,3 +97,15 @@ def test_a_class_that_training_has_not_is_refused(tmp_path):
     (tmp_path / "validation.jsonl").write_text('{"text": "a", "label": 7}\n')
     with pytest.raises(ValueError, match="holds 7, which is none of the classes"):
         load_texts(TextArguments(data_dir=folder))
+
+
+def test_texts_without_a_class_are_refused(tmp_path):
+    """As the test splits of GLUE."""
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    for split, label in (("train", 1), ("test", -1)):
+        rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [label] * 2}, features=features)
+        rows.to_parquet(str(tmp_path / f"{split}.parquet"))
+    with pytest.raises(ValueError, match=r"column 'label': some texts have no class \(-1\)"):
+        load_texts(TextArguments(data_dir=str(tmp_path)))

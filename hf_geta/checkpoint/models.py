@@ -25,8 +25,8 @@ def build_skeleton(source: str | Path, class_name: str | None = None) -> PreTrai
     """The model of a Hub id or of a folder with a config.json, on the meta device: modules and shapes.
 
     Args:
-        class_name: a model class of transformers, or an Auto class; by default the one that the config names, else
-            AutoModel.
+        class_name: a model class of transformers, an Auto class, or a class of the user's own whose module is imported;
+            by default the one that the config names, and AutoModel where it names none.
 
     Raises:
         ValueError: no such folder, no config.json there or on the Hub, or no class of that name that takes it.
@@ -77,7 +77,7 @@ def load_model(source: str | Path, class_name: str | None = None, dtype: str = "
     owner = _model_class(config, class_name)
     if (expected := getattr(owner, "config_class", None)) and expected.model_type not in _model_types(config):
         raise ValueError(
-            f"{source}: {class_name} is a model of type {expected.model_type}, these are the weights of a "
+            f"{source}: {owner.__name__} is a model of type {expected.model_type}, these are the weights of a "
             f"{config.model_type} model."
         )
     try:
@@ -167,15 +167,32 @@ def _model_types(config: Any) -> set[str]:
 
 
 def _model_class(config: Any, class_name: str | None) -> Any:
-    """The class that builds and loads the model: one of transformers, or an Auto class."""
+    """The class that builds and loads the model: one of transformers, an Auto class, or a user's own that is loaded."""
     named = [class_name] if class_name else list(getattr(config, "architectures", None) or [])
     for name in named:
-        found = getattr(transformers, name, None)
+        found = getattr(transformers, name, None) or _loaded_class(name, config)
         if isinstance(found, type) and (hasattr(found, "from_config") or issubclass(found, PreTrainedModel)):
             return found
     if class_name:
         raise ValueError(f"transformers has no model class {class_name}: write one such as AutoModelForCausalLM.")
+    if named:  # AutoModel would leave its head out
+        raise ValueError(
+            f"the model was saved from the class {named[0]}, which transformers does not have: import the module that "
+            "defines it first (for a command: python -c \"import MODULE; from hf_geta.cli import main; main(['verify', "
+            "'DIR'])\"), or, of a dense model, name another class, such as AutoModel."
+        )
     return AutoModel
+
+
+def _loaded_class(name: str, config: Any) -> type | None:
+    """The model class of that name that a user's module, or a checkpoint's own code, has defined for such a config."""
+    classes: list[Any] = [PreTrainedModel]
+    for each in classes:  # it grows
+        classes += each.__subclasses__()
+    types = _model_types(config)
+    named = [each for each in classes if each.__name__ == name]
+    found = [each for each in named if getattr(each.config_class, "model_type", None) in types]
+    return found[-1] if found else None  # of a notebook's cell that ran again, the last
 
 
 def _compressed_(model: PreTrainedModel, values: dict[str, Any]) -> PreTrainedModel:

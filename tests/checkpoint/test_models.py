@@ -20,6 +20,16 @@ def folder(tmp_path):
     return tmp_path
 
 
+class TwoHeads(transformers.ViTPreTrainedModel):
+    """A user's own model class, which transformers does not know."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vit = transformers.ViTModel(config)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(config.hidden_size, size) for size in (3, 2))
+        self.post_init()
+
+
 def shapes(model):
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
@@ -71,6 +81,28 @@ def test_a_part_of_a_model_is_loaded_from_the_whole(tmp_path):
 def test_a_config_without_a_class_builds_the_base_model(tmp_path):
     transformers.ViTConfig(**VALUES).save_pretrained(tmp_path)
     assert type(build_skeleton(tmp_path)).__name__ == "ViTModel"
+
+
+def test_a_model_of_a_users_own_class_is_of_that_class_and_keeps_its_heads(tmp_path):
+    model = TwoHeads(transformers.ViTConfig(**VALUES))
+    model.save_pretrained(tmp_path)
+    assert shapes(build_skeleton(tmp_path)) == shapes(model)
+    loaded = load_model(tmp_path)
+    assert type(loaded) is TwoHeads
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["NeverImported", "OtherFamily"])
+def test_a_model_whose_class_is_not_imported_is_refused_and_not_built_without_its_head(name, folder):
+    class OtherFamily(transformers.BertPreTrainedModel):  # the same name, but no model of this config
+        pass
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
+    for load in (build_skeleton, load_model):
+        with pytest.raises(ValueError, match=f"saved from the class {name}.*import the module that defines it"):
+            load(folder)
+    assert type(build_skeleton(folder, "AutoModel")) is transformers.ViTModel
 
 
 def test_a_loaded_model_has_its_weights(folder):

@@ -8,6 +8,7 @@ decoded float weight, because models ask for its dtype and device.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, NamedTuple
 
@@ -43,6 +44,33 @@ class _Decoded(NamedTuple):
     def is_current(self, sources: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
         same = len(sources) == len(self.sources) and all(a is b for a, b in zip(sources, self.sources, strict=True))
         return same and self.weight.dtype == dtype and self.versions == _versions(*sources, self.weight)
+
+
+class DecodedWeight(Tensor):
+    """What a packed weight reads as. Assigning to its `data`, as merging an adapter does, is refused: no code changes.
+
+    What is written in place, also through `data`, lasts until the next reading, which decodes again. Copies, pickles
+    and what operations return are ordinary tensors; a parameter is made of a clone.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as in nn.Parameter
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()  # counts writes, as the tensor's own `data` does not
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise ValueError(
+            "a packed weight is codes, which no float can be written into: to merge an adapter or edit weights, load "
+            "the model with quantization_config=GETAQuantizationConfig(dequantize=True), or call model.dequantize()."
+        )
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return copy.deepcopy(self.detach(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)
 
 
 class PackedWeight(nn.Module):
@@ -105,7 +133,7 @@ class PackedWeight(nn.Module):
         if self._decoded is not None and self._decoded.is_current(sources, self.weight_dtype):
             return self._decoded.weight
         with torch.inference_mode(False):
-            weight = self._decode()
+            weight = self._decode().as_subclass(DecodedWeight)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # no initialization writes into it
         self._decoded = _Decoded.of(sources, weight)
         return weight

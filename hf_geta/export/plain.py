@@ -76,9 +76,8 @@ def float_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     scales = {f"{name.removesuffix('weight')}{scale}" for name in packed for scale in SCALES}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in scales}
     stacked = {f"{name}.weight": name for name in stacked_layers(model)}
-    return {
-        stacked.get(name, name): packed[name].weight if name in packed else tensor for name, tensor in tensors.items()
-    }
+    decoded = {name: layer.weight.detach() for name, layer in packed.items()}
+    return {stacked.get(name, name): decoded.get(name, tensor) for name, tensor in tensors.items()}
 
 
 def leave_inputs_in_float_(model: PreTrainedModel, weights: Iterable[str]) -> None:

@@ -158,6 +158,31 @@ def test_nothing_written_into_the_weight_stays_there():
     assert torch.equal(packed.weight, expected)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "packed"])
+def test_merging_an_adapter_into_the_weight_is_refused_and_changes_nothing(backend):
+    layer, x = _quantized("linear", activation_bits=8)
+    packed = pack_layer(layer)
+    packed.set_backend_(backend)
+    weight, output, state = packed.weight.clone(), packed(x), packed.state_dict()
+    with pytest.raises(ValueError, match=r"call model\.dequantize\(\)"):
+        packed.weight.data += torch.ones(5, 7)
+    with pytest.raises(ValueError, match=r"call model\.dequantize\(\)"):
+        packed.weight.data = torch.ones(5, 7)
+    for writer in (torch.Tensor.zero_, torch.Tensor.normal_):
+        writer(packed.weight.data)
+        assert torch.equal(packed.weight, weight)
+    assert torch.equal(packed(x), output)
+    torch.testing.assert_close(packed.state_dict(), state, rtol=0, atol=0)
+
+
+def test_copies_and_pickles_of_the_weight_are_ordinary_tensors(tmp_path):
+    weight = pack_layer(_quantized("linear")[0]).weight
+    torch.save(weight, tmp_path / "weight.pt")
+    for again in (copy.deepcopy(weight), torch.load(tmp_path / "weight.pt", weights_only=True), weight.clone()):
+        assert type(again) is torch.Tensor
+        assert torch.equal(again, weight)
+
+
 def test_copies_and_pickles_compute_the_same_and_carry_no_decoded_weight():
     packed = pack_layer(_quantized("linear", 4)[0])
     x = torch.randn(2, 7)

@@ -168,8 +168,12 @@ def round_inputs_to_bytes_(layer: PackedLayer) -> None:
     step_size, low = layer.manifest.activation_step_size, -128 if layer.manifest.activation_signed else 0
     assert step_size is not None
     layer.manifest = dataclasses.replace(layer.manifest, activation_bits=None)
+
+    def rounded(input: Tensor) -> Tensor:
+        return step_size * (input / step_size).round().clamp(low, low + 255)
+
     layer.register_forward_pre_hook(
-        lambda _, inputs: (step_size * (inputs[0] / step_size).round().clamp(low, low + 255),)
+        lambda _, by_place, by_name: ((rounded(*by_place, *by_name.values()),), {}), with_kwargs=True
     )
 
 

@@ -34,16 +34,16 @@ class QuantizedLayer(nn.Module):
         """The layer's fused product; None where there is none for its options or for the shape of x."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         x_quantizer = self.input_quantizer
         if x_quantizer is not None and not x_quantizer.enabled:
             x_quantizer = None
-        product = None if torch.compiler.is_compiling() else self._product(x)
+        product = None if torch.compiler.is_compiling() else self._product(input)
         if product is None or not self.weight_quantizer.enabled:
-            x = x if x_quantizer is None else x_quantizer(x)
+            x = input if x_quantizer is None else x_quantizer(input)
             return self._apply_weight(x, self.weight_quantizer(self.weight))
         x_grid = None if x_quantizer is None else x_quantizer.grid
-        return quantized_product(product, x, self.weight, self.bias, x_grid, self.weight_quantizer.grid)
+        return quantized_product(product, input, self.weight, self.bias, x_grid, self.weight_quantizer.grid)
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """The float layer, with this weight."""
@@ -80,6 +80,9 @@ class QuantConv1D(QuantizedLayer, Conv1D):
     """transformers' `Conv1D` (GPT-2) with quantized weight (in, out) and input (..., in)."""
 
     channel_dim = 1
+
+    def forward(self, x: Tensor) -> Tensor:  # Conv1D's name for it
+        return super().forward(x)
 
     def _product(self, x: Tensor) -> Product:
         return LinearProduct(transposed=True)

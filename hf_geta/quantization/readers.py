@@ -16,15 +16,15 @@ def readers_of_one_tensor(layers: Mapping[str, nn.Module], forward: Callable[[],
     """The layers, by name, in sets that are handed the same tensor object in every call of one forward.
 
     Args:
-        layers: name -> a layer that takes its input as first argument.
+        layers: name -> a layer that takes its input as first argument, by place or by name.
         forward: runs the model once; all inputs of layers are kept until it returns.
     """
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
-    def note(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        inputs[name].append(arguments[0])
+    def note(name: str, module: nn.Module, by_place: tuple[Any, ...], by_name: dict[str, Any]) -> None:
+        inputs[name].append([*by_place, *by_name.values()][0])
 
-    hooks = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(partial(note, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         forward()
     finally:

@@ -1,6 +1,7 @@
 """Laws of the quantized layers: what they compute, what they keep, and how they get into a model."""
 
 import copy
+import inspect
 import math
 import pickle
 
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta import GETAConfig
+from hf_geta.checkpoint.pack import pack_layer
 from hf_geta.quantization import (
     QuantConv1D,
     QuantConv2d,
@@ -90,6 +92,17 @@ def test_a_quantized_layer_is_the_float_layer_on_rounded_operands(kind, inputs, 
     assert torch.equal(fused, reference)
     gradients = [torch.autograd.grad((value * upstream).sum(), parameters) for value in (fused, reference)]
     torch.testing.assert_close(*gradients)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_a_layer_takes_its_input_by_the_name_that_the_float_layer_has_for_it(kind):
+    (name,) = inspect.signature(LAYERS[kind][0]().forward).parameters
+    layer, x = make(kind)
+    layer.weight_quantizer.set_bits_(4)  # `make` moved it
+    layer.input_quantizer.set_range_(1.5, 4)
+    packed = pack_layer(layer)
+    assert torch.equal(layer(**{name: x}), layer(x))
+    assert torch.equal(packed(**{name: x}), packed(x))
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])

@@ -37,6 +37,16 @@ def test_queries_keys_and_values_read_one_tensor_and_gate_and_up_another():
     assert sorted(map(sorted, found)) == sorted(map(sorted, expected()))
 
 
+def test_a_tensor_that_is_handed_over_by_name_is_read_as_well():
+    layers, x = {name: nn.Linear(4, 4) for name in ("first", "second", "third")}, torch.randn(2, 4)
+
+    def forward():
+        layers["first"](input=x)
+        layers["third"](input=layers["second"](x))
+
+    assert readers_of_one_tensor(layers, forward) == [["first", "second"], ["third"]]
+
+
 def test_a_layer_that_is_called_once_more_than_another_reads_something_else():
     first, second, x = nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(2, 4)
 

@@ -25,6 +25,7 @@ METRICS: dict[str, tuple[str, str]] = {
 DENSE = {"group_sparsity": 0.0, "mean_weight_bits": 32, "mean_activation_bits": 32, "relative_bops": 1.0}
 # Those that say how good a model is: measured on data, by names that the Hub knows.
 QUALITY = ("accuracy", "exact_match", "f1", "rouge_l", "perplexity")
+LARGEST = 1e18  # no figure of a model is larger
 
 
 def figure_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:

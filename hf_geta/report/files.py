@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_geta.checkpoint.directory import CONFIG, WEIGHTS_PATTERN, replace_text
 from hf_geta.report.card import PICTURE_NAME, render_card
+from hf_geta.report.figures import LARGEST
 from hf_geta.report.metadata import card_metadata
 from hf_geta.report.picture import draw_report
 
@@ -26,6 +27,8 @@ def save_report(folder: str | Path, report: Mapping[str, Any], previous: str | P
     The report takes the hashes of the weights and of config.json that lie in `folder` by then. A card that is there
     already is extended: its text and metadata stay, what an earlier save wrote is replaced.
 
+    A NaN or an infinity, of which JSON has none, is left out with a warning, like a figure that no model can have.
+
     Args:
         report: as `render_card` takes it.
         previous: a folder that `folder` is to replace: its card is the one extended, and what was measured on the
@@ -39,11 +42,12 @@ def save_report(folder: str | Path, report: Mapping[str, Any], previous: str | P
             report = before | report | {"compressed": compressed}
         file_bytes = sum(file["bytes"] for name, file in files.items() if name.endswith(".safetensors"))
         report |= {"files": files, "compressed": report.get("compressed", {}) | {"file_bytes": file_bytes}}
+    report = _sayable(report)
     card, picture = render_card(report, _read_card(Path(previous or folder)), before), draw_report(report)
     if picture:
         replace_text(folder / PICTURE_NAME, picture)
     replace_text(folder / CARD_NAME, card)
-    replace_text(folder / REPORT_NAME, json.dumps(report, indent=2) + "\n")
+    replace_text(folder / REPORT_NAME, json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def load_report(folder: str | Path) -> dict[str, Any]:
@@ -75,6 +79,18 @@ def read_earlier_report(folder: Path) -> dict[str, Any]:
         logger.warning("%s cannot be read (%r) and counts as none.", folder / REPORT_NAME, error)
         return {}
     return report or {}
+
+
+def _sayable(value: Any, where: str = "report") -> Any:
+    """Plain values as JSON has them, with None for each float that is no number of a model."""
+    if isinstance(value, Mapping):
+        return {key: _sayable(each, f"{where}.{key}") for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sayable(each, where) for each in value]
+    if isinstance(value, float) and not abs(value) <= LARGEST:
+        logger.warning("%s = %s is no figure that a model can have: report and card leave it out.", where, value)
+        return None
+    return value
 
 
 def _read_card(folder: Path) -> str | None:

@@ -18,11 +18,10 @@ from hf_geta.checkpoint.manifest import LayerManifest, Manifest
 from hf_geta.checkpoint.models import dense_skeleton
 from hf_geta.checkpoint.packing import MULTIPLIER_BITS, packed_bytes
 from hf_geta.report.cost import FLOAT_BITS
-from hf_geta.report.figures import METRICS
+from hf_geta.report.figures import LARGEST, METRICS
 from hf_geta.report.files import REPORT_NAME, load_report
 from hf_geta.report.picture import Kept, Widths
 
-LARGEST = 1e18  # no figure of a model is larger
 STEP_SIZE_BYTES = 4
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from hf_geta.checkpoint import directory
 from hf_geta.report import load_report, save_report
+from hf_geta.report.check import check_folder
+from hf_geta.report.folder import read_folder
 
 REPORT = {"architecture": "ViTForImageClassification", "compressed": {"relative_bops": 0.1}}
 
@@ -55,6 +57,19 @@ def test_measured_figures_stay_with_the_same_weights_and_go_with_others(folder, 
     save_report(again, REPORT, previous=folder)
     assert "accuracy" not in load_report(again)["compressed"]
     assert "90.00%" not in (again / "README.md").read_text()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_a_figure_that_is_no_number_is_left_out_and_the_report_can_be_read(value, folder, caplog):
+    training = {"hyperparameters": {"betas": (0.9, float("nan"))}}
+    report = {"dataset": "me/data", "compressed": {"perplexity": value, "accuracy": 0.5}, "training": training}
+    save_report(folder, REPORT | report)
+    assert f"report.compressed.perplexity = {value} is no figure" in caplog.text
+    assert "perplexity" not in (folder / "README.md").read_text()
+    text = (folder / "geta_report.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["training"] == {"hyperparameters": {"betas": [0.9, None]}}
+    assert read_folder(folder).compressed["accuracy"] == 0.5
+    assert all(check.holds for check in check_folder(folder))
 
 
 def test_a_save_that_fails_leaves_what_was_there(folder, monkeypatch):

@@ -51,3 +51,25 @@ def test_a_later_save_into_the_same_folder_is_the_one_that_loads(tmp_path):
         missing_ok=True
     )  # transformers removes shards only, and prefers a whole file
     assert torch.equal(logits(load(first, tmp_path), inputs), logits(first, inputs))
+
+
+@pytest.mark.parametrize("packed", ["just packed", "loaded"])
+def test_a_model_with_a_replaced_layer_is_not_saved_and_nothing_is_written(packed, tmp_path):
+    model = pack_(build("llama")[0], modules_to_not_convert=())
+    if packed == "loaded":
+        model.save_pretrained(tmp_path / "first")
+        model = load(model, tmp_path / "first")
+    model.resize_token_embeddings(70)  # its output layer is a new one
+    with pytest.raises(ValueError, match=r"lm_head was replaced.*Call model\.dequantize\(\)"):
+        model.save_pretrained(tmp_path / "resized")
+    assert not (tmp_path / "resized").exists()
+
+
+def test_in_float_a_layer_may_be_replaced(tmp_path):
+    model, inputs = build("llama")
+    pack_(model, modules_to_not_convert=()).save_pretrained(tmp_path / "packed")
+    loaded = load(model, tmp_path / "packed")
+    loaded.resize_token_embeddings(70)
+    loaded.dequantize()
+    loaded.save_pretrained(tmp_path / "resized")
+    assert torch.equal(logits(load(loaded, tmp_path / "resized"), inputs), logits(loaded, inputs))

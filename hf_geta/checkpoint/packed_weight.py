@@ -62,8 +62,9 @@ class DecodedWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         raise ValueError(
-            "a packed weight is codes, which no float can be written into: to merge an adapter or edit weights, load "
-            "the model with quantization_config=GETAQuantizationConfig(dequantize=True), or call model.dequantize()."
+            "a packed weight is codes, which no float can be written into: to merge an adapter or resize an embedding, "
+            "load the model with quantization_config=GETAQuantizationConfig(dequantize=True), or call "
+            "model.dequantize()."
         )
 
     def __deepcopy__(self, memo: Any) -> Tensor:

@@ -42,10 +42,12 @@ def write_hint(folder: Path) -> None:
 def save_compressed_(model: PreTrainedModel) -> None:
     """From now on `save_pretrained` and `push_to_hub` of this model leave the hint, and the dtypes of a loaded model.
 
+    They refuse to save it once one of its packed layers is gone.
+
     transformers drops the key of the hint when it saves, and gives the configs inside of a config their dtype when it
     loads: the first save would have other bytes than the second.
     """
-    model.save_pretrained = functools.partial(_save_pretrained, model)  # type: ignore[method-assign]
+    model.save_pretrained = functools.partial(_save_pretrained, model, _packed_layers(model))  # type: ignore[method-assign]
     model._upload_modified_files = functools.partial(_upload_modified_files, model)  # type: ignore[method-assign]
 
 
@@ -55,13 +57,25 @@ def forget_saving_(model: PreTrainedModel) -> None:
         vars(model).pop(name, None)
 
 
-def _save_pretrained(model: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+def _save_pretrained(model: PreTrainedModel, packed: set[str], save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    replaced = packed - _packed_layers(model)
+    if replaced and not model._hf_peft_config_loaded:  # else transformers saves the adapter alone
+        raise ValueError(
+            f"{min(replaced)} was replaced and is no packed layer any more, as the model's config says: what is saved "
+            "would not load. Call model.dequantize() first, which makes all layers float (or unload the adapter)."
+        )
     for name in model.config.sub_configs:
         if (inner := getattr(model.config, name, None)) is not None:
             inner.dtype = model.dtype
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if args[0] if args else kwargs.get("is_main_process", True):
         write_hint(Path(save_directory))
+
+
+def _packed_layers(model: PreTrainedModel) -> set[str]:
+    from hf_geta.checkpoint.packed_weight import PackedWeight  # which imports this module
+
+    return {name for name, module in model.named_modules() if isinstance(module, PackedWeight)}
 
 
 def _upload_modified_files(model: PreTrainedModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:

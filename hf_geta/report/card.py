@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import transformers
 import yaml
 
 from hf_geta.report.figures import metrics_table, with_dense
@@ -57,6 +58,7 @@ def render_card(report: Mapping[str, Any], existing: str | None = None, before: 
             training: "hyperparameters", and "schedule": stage -> its optimizer steps.
             operations, axes: `Cost.rows()` and the groups of each axis; the picture shows them.
             versions: library -> version.
+            auto_class: of a model with code of its own (`auto_map`), the Auto class that loads it.
             license, language, tags, model_name, pipeline_tag: of the metadata.
         existing: the card that this one extends.
         before: the report that `existing` was rendered from, if it was.
@@ -103,11 +105,16 @@ def _introduction(report: Mapping[str, Any]) -> str:
 
 
 def _use(report: Mapping[str, Any]) -> str:
-    auto_class, _ = task_of(report["architecture"])
+    name = task_of(report)[0] or report["architecture"]
+    is_known = report.get("auto_class") or hasattr(transformers, name)
+    place = (
+        f"from transformers import {name}" if is_known else f"from my_module import {name}  # which defines the class"
+    )
     source = hub_id(report.get("repo_id")) or "path/to/this/folder"
+    options = ", trust_remote_code=True" if report.get("auto_class") else ""
     return (
         "### Use\n\n```python\nimport hf_geta  # registers the compressed format with transformers\n"
-        f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{source}")\n```'
+        f'{place}\n\nmodel = {name}.from_pretrained("{source}"{options})\n```'
     )
 
 

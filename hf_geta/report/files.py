@@ -42,6 +42,8 @@ def save_report(folder: str | Path, report: Mapping[str, Any], previous: str | P
             report = before | report | {"compressed": compressed}
         file_bytes = sum(file["bytes"] for name, file in files.items() if name.endswith(".safetensors"))
         report |= {"files": files, "compressed": report.get("compressed", {}) | {"file_bytes": file_bytes}}
+    if auto_class := _auto_class_of_code(folder / CONFIG, report["architecture"]):
+        report["auto_class"] = auto_class
     report = _sayable(report)
     card, picture = render_card(report, _read_card(Path(previous or folder)), before), draw_report(report)
     if picture:
@@ -79,6 +81,13 @@ def read_earlier_report(folder: Path) -> dict[str, Any]:
         logger.warning("%s cannot be read (%r) and counts as none.", folder / REPORT_NAME, error)
         return {}
     return report or {}
+
+
+def _auto_class_of_code(config: Path, architecture: str) -> str | None:
+    """The Auto class that loads the model with code of its own, by the `auto_map` of its config; None without any."""
+    auto_map = json.loads(config.read_text(encoding="utf-8")).get("auto_map") if config.is_file() else None
+    codes = {str(code).rpartition(".")[2]: auto_class for auto_class, code in (auto_map or {}).items()}
+    return codes.get(architecture)
 
 
 def _sayable(value: Any, where: str = "report") -> Any:

@@ -11,37 +11,52 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
 from hf_geta.report.cost import FLOAT_BITS
 from hf_geta.report.figures import METRICS, QUALITY
 
 logger = logging.getLogger(__name__)
 
-# Ending of the architecture's class name -> (auto class that loads it, the Hub's pipeline tag).
-TASKS: dict[str, tuple[str, str]] = {
-    "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
-    "ForSemanticSegmentation": ("AutoModelForSemanticSegmentation", "image-segmentation"),
-    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
-    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
-    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
-    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
-    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
-    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+# Auto class -> (transformers' name for the table of the classes that it loads, the Hub's pipeline tag for all of them).
+# Where two have a class, the first is taken: what reads images or sound writes text as others do.
+TASKS: dict[str, tuple[str, str | None]] = {
+    "AutoModelForImageClassification": ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "image-classification"),
+    "AutoModelForSemanticSegmentation": ("MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES", "image-segmentation"),
+    "AutoModelForObjectDetection": ("MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES", "object-detection"),
+    "AutoModelForDepthEstimation": ("MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES", "depth-estimation"),
+    "AutoModelForVideoClassification": ("MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES", "video-classification"),
+    "AutoModelForAudioClassification": ("MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES", "audio-classification"),
+    "AutoModelForCTC": ("MODEL_FOR_CTC_MAPPING_NAMES", "automatic-speech-recognition"),
+    "AutoModelForSpeechSeq2Seq": ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", None),
+    "AutoModelForImageTextToText": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "image-text-to-text"),
+    "AutoModelForSequenceClassification": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "text-classification"),
+    "AutoModelForTokenClassification": ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "token-classification"),
+    "AutoModelForQuestionAnswering": ("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "question-answering"),
+    "AutoModelForMultipleChoice": ("MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES", None),
+    "AutoModelForSeq2SeqLM": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", None),
+    "AutoModelForMaskedLM": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "fill-mask"),
+    "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "text-generation"),
+    "AutoModel": ("MODEL_MAPPING_NAMES", None),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\n(?P<yaml>.*?)\n?^---[ \t]*$\n?", re.S | re.M)
 MODEL_INDEX = "model-index"
 
 
-def task_of(architecture: str) -> tuple[str, str | None]:
-    """(auto class, pipeline tag) of a model's class name; ("AutoModel", None) for a model without a task head."""
-    if architecture in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():  # they share no ending of their own
-        return "AutoModelForSeq2SeqLM", None
-    for ending, task in TASKS.items():
-        if architecture.endswith(ending):
-            return task
-    return "AutoModel", None
+def task_of(report: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(Auto class that loads the model of a report with its head, pipeline tag), each None where none surely does."""
+    own = report.get("auto_class")
+    for auto_class, (table, tag) in TASKS.items():
+        if auto_class == own or (own is None and report["architecture"] in _classes(table)):
+            return auto_class, tag
+    return own, None
+
+
+def _classes(table: str) -> Iterator[str]:
+    """The names in a table of transformers, of which some model types have several; none where a release lacks it."""
+    for names in getattr(modeling_auto, table, {}).values():
+        yield from (names,) if isinstance(names, str) else names
 
 
 def hub_id(name: str | None) -> str | None:
@@ -66,7 +81,7 @@ def card_metadata(report: Mapping[str, Any]) -> dict[str, Any]:
         "base_model": base_model,
         "base_model_relation": base_model and ("quantized" if "quantized" in done else "finetune"),
         "datasets": [report["dataset"]] if report.get("dataset") else None,
-        "pipeline_tag": report.get("pipeline_tag") or task_of(report["architecture"])[1],
+        "pipeline_tag": report.get("pipeline_tag") or task_of(report)[1],
         "tags": list(dict.fromkeys(["geta", *done, *_width_tags(report), *_listed(report.get("tags"))])),
         "metrics": [key for key in QUALITY if report.get("compressed", {}).get(key) is not None],
         MODEL_INDEX: _model_index(report),
@@ -131,7 +146,7 @@ def _width_tags(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _model_index(report: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """The measured quality, where the Hub knows the task and the data."""
-    task, dataset = task_of(report["architecture"])[1], report.get("dataset")
+    task, dataset = task_of(report)[1], report.get("dataset")
     compressed, evaluation = report.get("compressed", {}), report.get("evaluation", {})
     results = [
         EvalResult(

@@ -1,14 +1,17 @@
 """Laws of the model card."""
 
+import json
 import re
 
 import pytest
+import transformers
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from transformers.models.auto import modeling_auto
 
 from hf_geta.report import load_report, metrics_table, render_card, save_report
 from hf_geta.report.card import BEGIN, END
-from hf_geta.report.metadata import card_metadata
+from hf_geta.report.metadata import TASKS, card_metadata
 
 REPORT = {
     "architecture": "ViTForImageClassification",
@@ -105,18 +108,29 @@ def test_a_local_path_never_enters_the_card(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "auto_class"),
+    ("architecture", "loaded_by", "tag"),
     [
-        ("BertForQuestionAnswering", "AutoModelForQuestionAnswering"),
-        ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
-        ("MarianMTModel", "AutoModelForSeq2SeqLM"),
-        ("LlavaForConditionalGeneration", "AutoModel"),  # the same ending, another task
+        ("BertForQuestionAnswering", "AutoModelForQuestionAnswering", "question-answering"),
+        ("GPT2LMHeadModel", "AutoModelForCausalLM", "text-generation"),
+        ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM", None),
+        ("MarianMTModel", "AutoModelForSeq2SeqLM", None),
+        ("LlavaForConditionalGeneration", "AutoModelForImageTextToText", "image-text-to-text"),  # the same ending
+        ("Gemma3ForConditionalGeneration", "AutoModelForImageTextToText", "image-text-to-text"),
+        ("WhisperForConditionalGeneration", "AutoModelForSpeechSeq2Seq", None),
+        ("Wav2Vec2ForCTC", "AutoModelForCTC", "automatic-speech-recognition"),
+        ("BertForSequenceClassification", "AutoModelForSequenceClassification", "text-classification"),
+        ("Wav2Vec2ForSequenceClassification", "AutoModelForAudioClassification", "audio-classification"),
+        ("DeiTForImageClassificationWithTeacher", "AutoModelForImageClassification", "image-classification"),
+        ("BertForMultipleChoice", "AutoModelForMultipleChoice", None),
+        ("BertForPreTraining", "BertForPreTraining", None),
+        ("BertModel", "AutoModel", None),
     ],
 )
-def test_a_card_loads_the_model_with_its_head(architecture, auto_class):
+def test_a_card_loads_the_model_with_its_head(architecture, loaded_by, tag):
     scores = {"exact_match": 76.5, "f1": 85.25}
     text = render_card(REPORT | {"architecture": architecture, "compressed": scores})
-    assert f"model = {auto_class}.from_pretrained" in text
+    assert f"from transformers import {loaded_by}\n\nmodel = {loaded_by}.from_pretrained" in text
+    assert ModelCard(text).data.pipeline_tag == tag
     assert ModelCard(text).data.metrics == ["exact_match", "f1"]
     assert re.search(r"Exact match .* 76\.50 ", text)
 
@@ -133,8 +147,37 @@ def test_tags_say_only_what_was_done(sparsity, bits, tags):
 
 def test_an_architecture_alone_makes_a_card():
     card = render_card({"architecture": "SomethingNew"})
-    assert "AutoModel.from_pretrained" in card
+    assert "from my_module import SomethingNew" in card
+    assert "SomethingNew.from_pretrained" in card
     assert ModelCard(card).data.pipeline_tag is None
+
+
+@pytest.mark.parametrize("auto_class", TASKS)
+def test_an_auto_class_loads_the_classes_of_its_table(auto_class):
+    table = getattr(modeling_auto, TASKS[auto_class][0])
+    assert getattr(transformers, auto_class)._model_mapping._model_mapping is table
+
+
+@pytest.mark.parametrize("name", ["BertForNextSentencePrediction", "BertForMultipleChoice", "BertForPreTraining"])
+def test_the_code_of_a_card_loads_the_class_that_was_saved(name, tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    getattr(transformers, name)(transformers.BertConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path)
+    save_report(tmp_path, {"architecture": name})
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.S).group(1)
+    exec(code.replace("path/to/this/folder", str(tmp_path)), names := {})
+    assert type(names["model"]).__name__ == name
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "tag"), [("AutoModelForCausalLM", "text-generation"), ("AutoModelForTextEncoding", None)]
+)
+def test_a_model_with_code_of_its_own_is_loaded_by_the_auto_class_that_runs_it(auto_class, tag, tmp_path):
+    auto_map = {"AutoConfig": "configuring.MyConfig", auto_class: "me/code--modeling.MyModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    save_report(tmp_path, {"architecture": "MyModel"})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert f'{auto_class}.from_pretrained("path/to/this/folder", trust_remote_code=True)' in card.text
+    assert card.data.pipeline_tag == tag
 
 
 def test_the_table_has_every_figure_that_one_of_the_models_has_and_no_other():

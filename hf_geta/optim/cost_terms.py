@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -16,6 +17,7 @@ HEADER_BYTES = 8
 MULTIPLIER_BYTES = 0.5
 
 Dims = tuple[tuple[tuple[int, float], ...], ...]
+Owners = Mapping[tuple[str, int], Mapping[int, int]]  # (tensor, dim) -> axis -> entries there of one of its groups
 
 
 def bops_budget(
@@ -37,12 +39,12 @@ def bops_budget(
     """
     counted = [operation for operation in operations if operation.weight is not None]
     dense = sum(operation.macs for operation in counted) * FLOAT_BITS**2
-    terms = []
+    terms, owners = [], _find_owners(axes)
     for operation in counted:
         name = str(operation.weight)
         rows = [rows[name] for rows in (weight_rows, input_rows) if name in rows]
         coefficient = operation.macs * FLOAT_BITS ** (2 - len(rows)) / dense
-        terms.append(CostTerm(coefficient, _dims(name, shapes[name], axes), tuple(rows)))
+        terms.append(CostTerm(coefficient, _dims(name, shapes[name], owners), tuple(rows)))
     return Budget(tuple(terms), 0.0, target)
 
 
@@ -64,9 +66,9 @@ def size_budget(
         channel_dims: weight name -> dimension that has one float32 step size per entry; none with one per tensor.
         block_sizes: weight name -> inputs that share a multiplier of 4 bits; none without blocks.
     """
-    terms, overhead = [], float(HEADER_BYTES)
+    terms, overhead, owners = [], float(HEADER_BYTES), _find_owners(axes)
     for name, tensor in tensors.items():
-        dims = _dims(name, tensor.shape, axes)
+        dims = _dims(name, tensor.shape, owners)
         overhead += ENTRY_BYTES + len(name)
         if name in weight_rows:
             terms.append(CostTerm(tensor.numel() / 8, dims, (weight_rows[name],)))
@@ -74,7 +76,7 @@ def size_budget(
             terms.append(CostTerm(float(tensor.numel() * tensor.element_size()), dims, ()))
         if name in channel_dims:
             dim = channel_dims[name]
-            channels = (_owners(name, dim, tensor.shape[dim], axes),)
+            channels = (_shares(owners, name, dim, tensor.shape[dim]),)
             overhead += ENTRY_BYTES + len(name)
             terms.append(CostTerm(4.0 * tensor.shape[dim], channels, ()))
             if name in block_sizes:
@@ -84,15 +86,20 @@ def size_budget(
     return Budget(tuple(terms), overhead, target_bytes)
 
 
-def _dims(name: str, shape: Sequence[int], axes: Sequence[Axis]) -> Dims:
-    owners = (_owners(name, dim, size, axes) for dim, size in enumerate(shape))
-    return tuple(dim for dim in owners if dim)
+def _find_owners(axes: Sequence[Axis]) -> Owners:
+    """Which axes have members where; found once, for a mixture of experts has thousands of axes and tensors."""
+    owners: defaultdict[tuple[str, int], Counter[int]] = defaultdict(Counter)
+    for number, axis in enumerate(axes):
+        for member in axis.members:
+            owners[member.tensor, member.dim][number] += member.indices.shape[1]
+    return owners
 
 
-def _owners(name: str, dim: int, size: int, axes: Sequence[Axis]) -> tuple[tuple[int, float], ...]:
+def _dims(name: str, shape: Sequence[int], owners: Owners) -> Dims:
+    shares = (_shares(owners, name, dim, size) for dim, size in enumerate(shape))
+    return tuple(dim for dim in shares if dim)
+
+
+def _shares(owners: Owners, name: str, dim: int, size: int) -> tuple[tuple[int, float], ...]:
     """(axis, share of the dimension that one of its groups owns) for all axes with members there."""
-    return tuple(
-        (number, sum(m.indices.shape[1] for m in axis.members if (m.tensor, m.dim) == (name, dim)) / size)
-        for number, axis in enumerate(axes)
-        if any((m.tensor, m.dim) == (name, dim) for m in axis.members)
-    )
+    return tuple((number, entries / size) for number, entries in owners.get((name, dim), {}).items())

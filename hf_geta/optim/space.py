@@ -78,18 +78,24 @@ class PruningSpace:
         self.num_groups = sum(self.axis_sizes)
         self.parameters: list[nn.Parameter] = []
         self.parameter_names: list[str] = []
-        self.dims: list[GroupedDim] = []
         known: dict[tuple[int, int], GroupedDim] = {}
+        positions: dict[int, int] = {}  # id of a parameter -> where it is in `parameters`
         offset = 0
         for axis in axes:
             for member in axis.members:
                 if member.tensor not in parameters:
                     continue
-                grouped = self._grouped_dim(known, member.tensor, parameters[member.tensor], member.dim)
+                parameter = parameters[member.tensor]
+                position = positions.setdefault(id(parameter), len(self.parameters))
+                if position == len(self.parameters):
+                    self.parameters.append(parameter)
+                    self.parameter_names.append(member.tensor)
+                if (position, member.dim) not in known:
+                    known[position, member.dim] = _no_owners(position, parameter, member.dim)
                 groups = torch.arange(offset, offset + axis.size).repeat_interleave(member.indices.shape[1])
-                grouped.group_ids[member.indices.reshape(-1)] = groups
+                known[position, member.dim].group_ids[member.indices.reshape(-1)] = groups
             offset += axis.size
-        self.dims.sort(key=lambda grouped: grouped.parameter)
+        self.dims = sorted(known.values(), key=lambda grouped: grouped.parameter)
         self.shards = Shards(self.parameters)
         named = zip(self.parameter_names, self.parameters, strict=True)
         if self.shards.are_several and (left := [name for name, parameter in named if not is_cut(parameter)]):
@@ -107,20 +113,6 @@ class PruningSpace:
             Lockstep.of([numbers[name] for name in family.axes], family.sizes[-1], min_groups, divisible, family.sizes)
             for family in self.families
         ]
-
-    def _grouped_dim(
-        self, known: dict[tuple[int, int], GroupedDim], name: str, parameter: nn.Parameter, dim: int
-    ) -> GroupedDim:
-        position = next((i for i, p in enumerate(self.parameters) if p is parameter), None)
-        if position is None:
-            position = len(self.parameters)
-            self.parameters.append(parameter)
-            self.parameter_names.append(name)
-        if (position, dim) not in known:
-            ids = torch.full((parameter.shape[dim],), -1, dtype=torch.int64)
-            known[position, dim] = GroupedDim(position, dim, ids, local_range(parameter, dim))
-            self.dims.append(known[position, dim])
-        return known[position, dim]
 
     def to(self, device: torch.device) -> None:
         """Move the index tensors to `device`."""
@@ -189,6 +181,11 @@ class PruningSpace:
         if sums:
             total.index_add_(0, torch.cat(ids) % (self.num_groups + 1), torch.cat(sums))
         return self.shards.sum_(total)[:-1]
+
+
+def _no_owners(position: int, parameter: nn.Parameter, dim: int) -> GroupedDim:
+    ids = torch.full((parameter.shape[dim],), -1, dtype=torch.int64)
+    return GroupedDim(position, dim, ids, local_range(parameter, dim))
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -3,10 +3,13 @@
 import itertools
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_geta.graph.qadg import Axis, Member, Operation
 from hf_geta.optim.budget import Budget, Choices, CostTerm, allocate, levels
+from hf_geta.optim.cost_terms import bops_budget, size_budget
 
 
 def layer(coefficient, weight, own=None, before=None, size=8, before_size=8):
@@ -147,3 +150,34 @@ def test_no_more_groups_go_than_may():
     found = allocate(Budget(terms, 0.0, 0.1), choices, [0.0] * 8, [1.0], [True])
     assert len(found.groups) == 3
     assert found.cost > 0.1
+
+
+class ReadMembers(tuple):
+    """Counts how often it is gone through."""
+
+    times = 0
+
+    def __iter__(self):
+        ReadMembers.times += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("experts", [2, 20])
+def test_a_budget_reads_the_members_of_an_axis_once_however_many_tensors_there_are(experts):
+    """A mixture of experts has thousands of both."""
+    units = torch.arange(8).view(4, 2)  # two entries of each dimension per group
+    axes = [
+        Axis(f"{i}", "mlp", 4, ReadMembers([Member(f"{i}.up", 0, units), Member(f"{i}.down", 1, units)]))
+        for i in range(experts)
+    ]
+    tensors = {f"{i}.{name}": torch.ones(8, 8) for i in range(experts) for name in ("up", "down")}
+    operations = [Operation("mm", name, 64, ()) for name in tensors]
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for budget in (
+        lambda: size_budget(1.0, tensors, axes, {}, {}, {}),
+        lambda: bops_budget(0.5, operations, axes, shapes, {}, {}),
+    ):
+        ReadMembers.times = 0
+        terms = budget().terms
+        assert ReadMembers.times == experts
+        assert [term.dims for term in terms] == [(((i, 2 / 8),),) for i in range(experts) for _ in range(2)]

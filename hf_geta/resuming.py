@@ -31,7 +31,6 @@ MAY_CHANGE = (
     "distillation_temperature",
     "distillation_hidden_weight",
     "calibration_batches",
-    "quantizer_learning_rate",
 )
 TORCH_COULD_NOT_WRITE = ("PytorchStreamWriter", "iostream error")  # torch.save raises RuntimeError for a full disk
 

@@ -294,6 +294,7 @@ def test_a_checkpoint_without_optimizer_state_is_refused(finished, tmp_path):
             "granularity='tensor', weight_block_size=32, this one has",
         ),
         ({"activation_bits": None}, r"activation_bits=\(4, 8\), this one has activation_bits=None"),
+        ({"quantizer_learning_rate": 0.0}, "is of a run with quantizer_learning_rate=0.001, this one has"),
         (None, r"is of a run with compression, this one has none: pass geta_config=GETAConfig\.from_file"),
     ],
 )

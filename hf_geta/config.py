@@ -13,7 +13,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_geta.config_checks import MAX_BITS, MIN_BITS, USUAL_BLOCK_SIZE, check_config, parse_bytes, refuse_unknown
+from hf_geta.config_checks import (
+    MAX_BITS,
+    MIN_BITS,
+    USUAL_BLOCK_SIZE,
+    Width,
+    check_config,
+    is_none,
+    parse_bytes,
+    refuse_unknown,
+)
 
 SECTION = "geta"  # of a file that holds more than a GETAConfig
 DEFAULT_GROUP_SPARSITY = 0.5
@@ -46,17 +55,17 @@ class GETAConfig:
         },
     )
     # `list` because HfArgumentParser reads lists from the command line; kept as a tuple.
-    weight_bits: list[int] | None = dataclasses.field(
+    weight_bits: list[Width] | None = dataclasses.field(
         default_factory=lambda: [4, 8],
         metadata={
             "help": "Weight widths in bits: two numbers are a range, lower upper; more are the widths allowed at the "
             "end. none leaves weights in float: the run only prunes."
         },
     )
-    activation_bits: list[int] | None = dataclasses.field(
+    activation_bits: list[Width] | None = dataclasses.field(
         default=None, metadata={"help": "Activation widths, likewise; none leaves activations in float."}
     )
-    outlier_activation_bits: int | None = dataclasses.field(
+    outlier_activation_bits: Width | None = dataclasses.field(
         default=None,
         metadata={
             "help": "Width in bits, such as 16, of the few activations whose outliers leave activation_bits nothing "
@@ -96,7 +105,7 @@ class GETAConfig:
             "and round it once, with one width and one scale: needed by programs that run them as one product."
         },
     )
-    quantize_embeddings: int | None = dataclasses.field(
+    quantize_embeddings: Width | None = dataclasses.field(
         default=None,
         metadata={
             "help": "Width in bits of the input and output embeddings, one step size per row, however often they are "
@@ -187,6 +196,9 @@ class GETAConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in (*WIDTHS, "granularity", "target_size"):
+            if is_none(getattr(self, name)):
+                object.__setattr__(self, name, None)
         for name in (
             "weight_bits",
             "activation_bits",

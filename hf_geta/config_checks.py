@@ -1,11 +1,16 @@
-"""What a GETAConfig refuses: every value outside its domain, with the value and the way out. Raises ValueError only."""
+"""How a GETAConfig reads its values, and what it refuses: all outside their domain, with the value and the way out.
+
+Checks raise ValueError only.
+"""
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 GRANULARITIES = ("tensor", "channel", "block")
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -59,6 +64,27 @@ def check_config(config: Any) -> None:
         raise ValueError("uniform=True with without='qadg': groups that cannot be cut have no sizes; drop one of them.")
     _check_saliency_weights(config.saliency, config.saliency_weights)
     _check_budget(config)
+
+
+def is_none(value: Any) -> bool:
+    """Whether a value is how YAML (`none`, text to it) or a command line (`none`, one of a list) write None."""
+    if isinstance(value, str):
+        return value.lower() in ("none", "null")
+    return isinstance(value, list) and value == [None]
+
+
+if TYPE_CHECKING:
+    Width = int
+else:
+
+    class Width:
+        """The type that HfArgumentParser finds on a field that holds widths: it makes an int of a flag, or None."""
+
+        def __new__(cls, text: str) -> int | None:
+            try:
+                return None if is_none(text) else int(text)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{text!r}: write a whole number, or none.") from None
 
 
 def parse_bytes(text: str) -> int:
@@ -122,12 +148,12 @@ def _check_numbers(config: Any) -> None:
         if not (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
             raise ValueError(f"{name}={value}: write a share in [0, 1) or a whole number of steps.")
     for name in ("quantizer_learning_rate", "distillation_hidden_weight"):
-        if not (value := getattr(config, name)) >= 0:
-            raise ValueError(f"{name}={value}: write 0 or more.")
+        if not 0 <= (value := getattr(config, name)) < math.inf:
+            raise ValueError(f"{name}={value}: write a finite number, 0 or more.")
     if not 0 <= config.distillation_weight <= 1:
         raise ValueError(f"distillation_weight={config.distillation_weight}: write a part of the loss, in [0, 1].")
-    if not config.distillation_temperature > 0:
-        raise ValueError(f"distillation_temperature={config.distillation_temperature}: write a number above 0.")
+    if not 0 < config.distillation_temperature < math.inf:
+        raise ValueError(f"distillation_temperature={config.distillation_temperature}: write a finite number above 0.")
 
 
 def _check_bits(name: str, bits: Any, initial_bits: float) -> None:
@@ -206,10 +232,10 @@ def _check_saliency_weights(saliency: str, weights: Any) -> None:
         return
     if saliency != "mix":
         raise ValueError(f"saliency_weights={weights} are parts of a mix: write saliency='mix', or drop them.")
-    are_numbers = isinstance(weights, tuple) and all(map(_is_number, weights))
-    if not are_numbers or len(weights) != len(MIXED_SALIENCIES) or min(weights) < 0 or sum(weights) <= 0:
+    are_parts = isinstance(weights, tuple) and all(_is_number(weight) and 0 <= weight < math.inf for weight in weights)
+    if not are_parts or len(weights) != len(MIXED_SALIENCIES) or sum(weights) <= 0:
         raise ValueError(
-            f"saliency_weights={weights!r}: write three numbers, 0 or more, for {', '.join(MIXED_SALIENCIES)}."
+            f"saliency_weights={weights!r}: write three numbers, finite, 0 or more, for {', '.join(MIXED_SALIENCIES)}."
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,9 +22,8 @@ def parse_run(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None)
 
     The YAML file of `--config` holds the fields of all `dataclass_types` as flat keys, and those of GETAConfig in a
     section `geta:`. On the command line every field is a flag; a GETAConfig field whose name another dataclass has too
-    is written with the prefix `geta_` (`--geta_warmup_steps`, beside TrainingArguments' `--warmup_steps`). Widths that
-    may be absent are `null` in the file and `none` as a flag (`--weight_bits none`). What only evaluates a folder
-    (`--do_train false`) has that as its output_dir, unless there is a flag `--output_dir`.
+    is written with the prefix `geta_` (`--geta_warmup_steps`, beside TrainingArguments' `--warmup_steps`). What only
+    evaluates a folder (`--do_train false`) has that as its output_dir, unless there is a flag `--output_dir`.
 
     Args:
         argv: the command line; None takes the program's own.
@@ -56,9 +54,7 @@ def parse_run(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None)
     for argument in arguments:
         if isinstance(argument, DataArguments):
             argument.trains = given.do_train
-    values: dict[str, Any] = {name: getattr(geta, flag) for name, flag in flag_of.items()}
-    values |= {name: None for name, value in values.items() if value == [None]}
-    return (*arguments, GETAConfig.from_dict(values))
+    return (*arguments, GETAConfig.from_dict({name: getattr(geta, flag) for name, flag in flag_of.items()}))
 
 
 def _local_folder(name: str | None) -> str | None:
@@ -81,34 +77,8 @@ def _renamed_geta_config(flag_of: dict[str, str]) -> Any:
             renamed = dataclasses.field(default_factory=field.default_factory, metadata=field.metadata)
         else:
             renamed = dataclasses.field(default=field.default, metadata=field.metadata)
-        kind = types_of[field.name]
-        if kind == list[int] | None:
-            kind = types.GenericAlias(list, (_WholeOrNone,)) | None
-        elif kind == int | None:
-            kind = _WholeOrNone | None
-        elif kind == str | None:
-            kind = _TextOrNone | None
-        fields.append((flag_of[field.name], kind, renamed))
+        fields.append((flag_of[field.name], types_of[field.name], renamed))
     return dataclasses.make_dataclass("GETAArguments", fields)
-
-
-class _WholeOrNone:
-    """The type of a flag that is a whole number or `none`; a class, for only classes make a `| None`."""
-
-    def __new__(cls, text: str) -> int | None:  # type: ignore[misc]
-        if text.lower() in ("none", "null"):
-            return None
-        try:
-            return int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: write a whole number, or none.") from None
-
-
-class _TextOrNone:
-    """The type of a flag that is a text or `none`."""
-
-    def __new__(cls, text: str) -> str | None:  # type: ignore[misc]
-        return None if text.lower() in ("none", "null") else text
 
 
 def _defaults_from_file(path: str, dataclass_types: Iterable[Any], flag_of: dict[str, str]) -> dict[str, Any]:

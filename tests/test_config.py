@@ -7,8 +7,9 @@ import pytest
 from transformers import HfArgumentParser
 
 from hf_geta import GETAConfig
+from hf_geta.config import WIDTHS
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,11 @@ NAN = float("nan")
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"warmup_steps": NAN}, "warmup_steps=nan"),
         ({"quantizer_learning_rate": -1e-3}, "quantizer_learning_rate=-0.001"),
+        ({"quantizer_learning_rate": INF}, "quantizer_learning_rate=inf: write a finite number"),
+        ({"distillation_hidden_weight": INF}, "distillation_hidden_weight=inf: write a finite number"),
+        ({"distillation_temperature": INF}, "distillation_temperature=inf: write a finite number"),
+        ({"saliency": "mix", "saliency_weights": (NAN, 1, 1)}, "nan, 1, 1.: write three numbers, finite"),
+        ({"saliency": "mix", "saliency_weights": (1, 1, INF)}, "1, 1, inf.: write three numbers, finite"),
     ],
 )
 def test_nonsense_is_refused_with_its_value_and_the_way_out(values, message):
@@ -118,6 +124,15 @@ def test_every_form_gives_the_same_config(tmp_path):
     flags = "--group_sparsity 0.3 --weight_bits 2 6 --activation_bits 4 8 --modules_to_not_convert head"
     (parsed,) = HfArgumentParser(GETAConfig).parse_args_into_dataclasses(flags.split())
     assert parsed == CONFIG
+
+
+@pytest.mark.parametrize("text", ["none", "None", "null"])
+@pytest.mark.parametrize("name", [*WIDTHS, "granularity", "target_size"])
+def test_what_may_be_absent_is_none_in_a_file_and_on_a_command_line(name, text, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"{name}: {text}")
+    assert getattr(GETAConfig.from_file(tmp_path / "run.yaml"), name) is None
+    (parsed,) = HfArgumentParser(GETAConfig).parse_args_into_dataclasses([f"--{name}", text])
+    assert getattr(parsed, name) is None
 
 
 def test_a_config_cannot_change():

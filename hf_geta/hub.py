@@ -117,12 +117,11 @@ def describe_training(trainer: Trainer, qasso: QASSO | None) -> dict[str, Any]:
     settings = ", ".join(f"{name}={value}" for name, value in largest.items() if value)
     hyperparameters["optimizer"] = f"QASSO around {type(qasso.base).__name__}({settings})"
     schedule = qasso.schedule
-    begun = schedule.warmup_steps + schedule.projection_steps + schedule.joint_steps
     stages = {
         Stage.WARMUP.label: schedule.warmup_steps,
         Stage.PROJECTION.label: schedule.projection_steps,
         Stage.JOINT.label: schedule.joint_steps,
-        Stage.COOLDOWN.label: schedule.total_steps - begun,
+        Stage.COOLDOWN.label: schedule.total_steps - schedule.first_cooldown_step,
     }
     return {"hyperparameters": hyperparameters, "schedule": stages}
 

@@ -203,7 +203,7 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         """The stage of the optimizer step taken last."""
         if self.qasso is None:
             raise ValueError("this run has no stages: train() plans them, if there is a geta_config.")
-        return self.qasso.schedule.stage_at(max(self.qasso.step_count - 1, 0))
+        return self.qasso.stage_at(max(self.qasso.step_count - 1, 0))
 
     def measure_compression(self) -> Cost:
         """Operations, parameters, widths and group sparsity of the model as it is now."""

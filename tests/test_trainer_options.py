@@ -46,6 +46,29 @@ def test_auto_find_batch_size_plans_the_run_anew(breaks_at, config, tmp_path):
     trainer.save_model(str(tmp_path / "small"))
 
 
+@pytest.mark.parametrize("config", [CONFIG, BUDGET], ids=["share", "budget"])
+def test_a_run_that_had_ended_may_train_on(config, tmp_path, caplog):
+    """Its groups and widths stay what they are: the cool-down is longer."""
+    ended = make_trainer(tmp_path, config, save_strategy="steps", save_steps=STEPS)
+    ended.train()
+    longer = make_trainer(tmp_path, config, max_steps=2 * STEPS)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.qasso.step_count == longer.qasso.schedule.total_steps == 2 * STEPS
+    assert torch.equal(longer.qasso.removed, ended.qasso.removed)
+    assert torch.equal(longer.qasso.final_bits, ended.qasso.final_bits)
+    stages = [entry["stage"] for entry in longer.state.log_history if "loss" in entry and entry["step"] > STEPS]
+    assert stages == [Stage.COOLDOWN] * 10
+    assert f"the cool-down: from step {STEPS * 6 // 10} to {2 * STEPS}" in caplog.text
+
+
+def test_a_run_that_is_cut_shorter_than_its_pruning_is_refused(tmp_path):
+    make_trainer(tmp_path, max_steps=80, save_strategy="steps", save_steps=30).train()
+    shorter = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="step 30 of 80 planned .* miss its targets with 40: .* begins at step 48"):
+        shorter.train(resume_from_checkpoint=str(tmp_path / "checkpoint-30"))
+    assert shorter.qasso.step_count == 0
+
+
 def test_each_trial_of_a_search_compresses_a_fresh_model(tmp_path):
     trainer = GETATrainer(
         model_init=lambda trial: tiny_vit(),

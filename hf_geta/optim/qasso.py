@@ -14,6 +14,8 @@ by a `Pricing` (as many groups and bits as one price leaves).
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +38,8 @@ from hf_geta.optim.widths import WidthTable
 from hf_geta.optim.wrapper import OptimizerWrapper
 from hf_geta.quantization.quantizers import Quantizer
 from hf_geta.sharding import is_cut
+
+logger = logging.getLogger(__name__)
 
 
 class QASSO(OptimizerWrapper):
@@ -94,7 +98,10 @@ class QASSO(OptimizerWrapper):
         Raises:
             ValueError: as the constructor.
         """
-        self.schedule = Schedule.from_config(self.config, total_steps)
+        self._begin_(Schedule.from_config(self.config, total_steps))
+
+    def _begin_(self, schedule: Schedule) -> None:
+        self.schedule = schedule
         self.step_count = 0
         self.finite_steps = FiniteSteps(self.space.shards)
         self._are_averaged = False
@@ -116,6 +123,10 @@ class QASSO(OptimizerWrapper):
         asked = self.targets.groups_to_remove
         return int((self.removed | self.redundant).sum()) if asked is None else asked
 
+    def stage_at(self, step: int) -> Stage:
+        """The stage of a step, by the timetable; the cool-down, once widths are fixed."""
+        return self.schedule.stage_at(step) if self.final_bits is None else Stage.COOLDOWN
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One optimizer step: the base step, then the rule of the stage. None of it where gradients hold NaN or inf.
@@ -135,7 +146,7 @@ class QASSO(OptimizerWrapper):
             return loss
         if self.step_count == 0:
             self.numbered.refuse_bypassed()
-        stage = self.schedule.stage_at(self.step_count)
+        stage = self.stage_at(self.step_count)
         if stage is Stage.WARMUP:
             self.base.step()
         elif stage is Stage.PROJECTION:
@@ -175,7 +186,7 @@ class QASSO(OptimizerWrapper):
     @torch.no_grad()
     def _hold_(self) -> None:
         """Zeros and widths again after a base optimizer with modes has exchanged the parameters for their average."""
-        if self.has_modes and self.schedule.stage_at(self.step_count) in (Stage.JOINT, Stage.COOLDOWN):
+        if self.has_modes and self.stage_at(self.step_count) in (Stage.JOINT, Stage.COOLDOWN):
             self.widths.project_(*self.width_bounds())
             self._zero_removed()
 
@@ -267,9 +278,10 @@ class QASSO(OptimizerWrapper):
         self._entries = RedundantEntries.build(self.space, self.redundant, self.widths, self.quantizer_rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and, under "qasso", the step, the groups, the targets and the fixed widths."""
+        """The base optimizer's state and, under "qasso", step and timetable, groups, targets and fixed widths."""
         own = {
             "step": self.step_count,
+            "schedule": dataclasses.asdict(self.schedule),
             "removed": self.removed,
             "redundant": self.redundant,
             "targets": self.targets.state_dict(),
@@ -279,10 +291,11 @@ class QASSO(OptimizerWrapper):
         return {**super().state_dict(), "qasso": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
+        """Restore what `state_dict` returned, for a run of the `total_steps` that this optimizer was made with.
 
         Raises:
-            ValueError: when the state belongs to another search space or to a run without compression.
+            ValueError: when the state belongs to another search space or to a run without compression, or so few steps
+                are left that the targets would be missed (`Schedule.resumed`).
         """
         if "qasso" not in state_dict:
             raise ValueError("this optimizer state has no QASSO part: it was saved by a run without compression.")
@@ -296,9 +309,10 @@ class QASSO(OptimizerWrapper):
             raise ValueError(
                 "this optimizer state is of a run with other targets: a budget or a share of groups, as here."
             )
+        schedule = self._resumed_schedule(own)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "qasso"})
         self._read_grids_(self.widths.quantizers)
-        self.plan_(self.schedule.total_steps)
+        self._begin_(schedule)
         device = self.removed.device
         self.step_count = int(own["step"])
         self.removed = own["removed"].to(device, copy=True)
@@ -306,6 +320,19 @@ class QASSO(OptimizerWrapper):
         self.final_bits = own["final_bits"].to(device, copy=True) if "final_bits" in own else None
         self.targets.load_state_dict(own["targets"])
         self._cache_index_sets()
+
+    def _resumed_schedule(self, own: Mapping[str, Any]) -> Schedule:
+        planned = Schedule.from_config(self.config, self.schedule.total_steps)
+        if "schedule" not in own:  # of an older version
+            return planned
+        resumed = planned.resumed(int(own["step"]), Schedule(**own["schedule"]))
+        if resumed != planned:
+            logger.warning(
+                "the stages stay as the run began with them, but for the cool-down: from step %d to %d.",
+                resumed.first_cooldown_step,
+                resumed.total_steps,
+            )
+        return resumed
 
 
 def _separate_quantizer_parameters_(base: torch.optim.Optimizer, quantizers: Sequence[Quantizer], lr: float) -> None:

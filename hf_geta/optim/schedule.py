@@ -1,6 +1,7 @@
 """The run's timetable: optimizer step -> stage, width bound, number of redundant groups. Pure.
 
-Time is a function of the step alone, so resuming a run needs nothing but its step.
+Time is a function of the step alone, so resuming a run needs nothing but its step, and the timetable if its length
+changes.
 """
 
 from __future__ import annotations
@@ -82,8 +83,7 @@ class Schedule:
 
     def check(self, config: GETAConfig) -> None:
         """Refuse a run that could not reach the targets of `config`."""
-        stages = self.warmup_steps + self.projection_steps + self.joint_steps
-        if stages >= self.total_steps:
+        if (stages := self.first_cooldown_step) >= self.total_steps:
             raise ValueError(
                 f"warm-up ({self.warmup_steps}), projection ({self.projection_steps}) and joint ({self.joint_steps}) "
                 f"take {stages} of the run's {self.total_steps} optimizer steps and leave none for the cool-down: "
@@ -104,13 +104,45 @@ class Schedule:
                     "longer), raise bit_reduction, or lower initial_bits."
                 )
 
+    @property
+    def first_joint_step(self) -> int:
+        """The first step of the joint stage."""
+        return self.warmup_steps + self.projection_steps
+
+    @property
+    def first_cooldown_step(self) -> int:
+        """The first step of the cool-down."""
+        return self.first_joint_step + self.joint_steps
+
+    def resumed(self, step: int, began: Schedule) -> Schedule:
+        """The timetable for a run of this one's length that got to `step` by the one that it `began` with.
+
+        Where pruning begins after `step` in both, it is this one. From then on the stages keep their lengths, and only
+        the cool-down gets longer or shorter: no pruning period is left out or comes twice. Without a step to go,
+        nothing changes.
+
+        Raises:
+            ValueError: if no cool-down is left, so that the run would end before its targets hold.
+        """
+        if step <= min(self.first_joint_step, began.first_joint_step):
+            return self
+        if step >= self.total_steps:
+            return began
+        if began.first_cooldown_step >= self.total_steps:
+            raise ValueError(
+                f"this run got to step {step} of {began.total_steps} planned optimizer steps, and would miss its "
+                f"targets with {self.total_steps}: its cool-down begins at step {began.first_cooldown_step}. Resume "
+                "with more steps (max_steps, num_train_epochs), or start anew."
+            )
+        return dataclasses.replace(began, total_steps=self.total_steps)
+
     def stage_at(self, step: int) -> Stage:
         """The stage of optimizer step `step`, counted from 0."""
         if step < self.warmup_steps:
             return Stage.WARMUP
-        if step < self.warmup_steps + self.projection_steps:
+        if step < self.first_joint_step:
             return Stage.PROJECTION
-        if step < self.warmup_steps + self.projection_steps + self.joint_steps:
+        if step < self.first_cooldown_step:
             return Stage.JOINT
         return Stage.COOLDOWN
 
@@ -122,7 +154,7 @@ class Schedule:
         """The upper bound in force after step `step`, in bits; the last projection period has the target itself."""
         if step < self.warmup_steps:
             return self.initial_bits
-        if step >= self.warmup_steps + self.projection_steps:
+        if step >= self.first_joint_step:
             return upper_bits
         periods = self.projection_periods(upper_bits)
         index = (step - self.warmup_steps) * periods // self.projection_steps
@@ -130,7 +162,7 @@ class Schedule:
 
     def pruning_period_at(self, step: int) -> Period:
         """The pruning period of a step of the joint stage."""
-        position = step - self.warmup_steps - self.projection_steps
+        position = step - self.first_joint_step
         index = position * self.pruning_periods // self.joint_steps
         first = -(-index * self.joint_steps // self.pruning_periods)
         end = -(-(index + 1) * self.joint_steps // self.pruning_periods)

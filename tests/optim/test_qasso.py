@@ -193,6 +193,39 @@ def test_a_resumed_run_equals_the_uninterrupted_run(stop, changes):
         assert torch.equal(p, q), name
 
 
+@pytest.mark.parametrize("stop", [3, 15, 21, 26, 45, TOTAL_STEPS])
+def test_a_run_that_goes_on_with_more_steps_ends_at_the_same_targets(stop):
+    """From every stage; the second of two extensions still knows the first timetable."""
+    model = prepared()
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(stop)))
+    before = optimizer.final_bits
+    for more in (20, 40):
+        state, groups = copy.deepcopy(optimizer.state_dict()), optimizer.groups_to_remove
+        optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS + more)
+        optimizer.load_state_dict(state)
+        list(train(model, optimizer, range(optimizer.step_count, TOTAL_STEPS + more - 10)))
+        assert optimizer.stage_at(optimizer.step_count) is Stage.COOLDOWN
+        assert optimizer.removed.sum() == optimizer.groups_to_remove == groups
+        assert before is None or torch.equal(optimizer.final_bits, before)
+
+
+def test_a_state_that_does_not_know_its_timetable_stays_in_its_cooldown():
+    """It was saved by an older version."""
+    model = prepared()
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)
+    list(train(model, optimizer, range(TOTAL_STEPS)))
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["qasso"]["schedule"]
+    longer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), 3 * TOTAL_STEPS)
+    longer.load_state_dict(state)
+    assert longer.schedule.stage_at(TOTAL_STEPS) is Stage.JOINT
+    assert longer.stage_at(TOTAL_STEPS) is Stage.COOLDOWN
+    list(train(model, longer, range(TOTAL_STEPS, TOTAL_STEPS + 5)))
+    assert torch.equal(longer.removed, optimizer.removed)
+    assert torch.equal(longer.final_bits, optimizer.final_bits)
+
+
 def test_a_run_resumes_on_a_model_that_was_prepared_on_another_batch():
     """Which grids are signed comes with the model's state, after the optimizer was made."""
     model = prepared()

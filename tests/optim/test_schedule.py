@@ -61,6 +61,33 @@ def test_pruning_periods_cut_the_joint_stage_and_end_at_exactly_the_asked_number
     assert counts[-1] == removed
 
 
+@given(st.integers(30, 300), st.integers(30, 300), st.data())
+def test_a_run_that_goes_on_with_another_length_prunes_every_period_once_or_is_refused(length, other, data):
+    config = GETAConfig(pruning_periods=3)
+    began, planned = (Schedule.from_config(config, total_steps) for total_steps in (length, other))
+    at = data.draw(st.integers(0, length))
+    if other <= at:
+        assert planned.resumed(at, began) == began  # no step is left: what is said of the run stays true
+        return
+    if at > min(began.first_joint_step, planned.first_joint_step) and began.first_cooldown_step >= other:
+        with pytest.raises(ValueError, match=rf"step {at} of {length} planned .* with {other}: .* more steps"):
+            planned.resumed(at, began)
+        return
+    resumed = planned.resumed(at, began)
+    assert resumed.total_steps == other
+    schedules = [began] * at + [resumed] * (other - at)
+    joint = [(step, by) for step, by in enumerate(schedules) if by.stage_at(step) is Stage.JOINT]
+    periods = [by.pruning_period_at(step) for step, by in joint]
+    assert [period.index for period in periods if period.is_first_step] == [0, 1, 2]
+    assert [period.index for period in periods if period.is_last_step] == [0, 1, 2]
+    assert resumed.stage_at(other - 1) is Stage.COOLDOWN
+
+
+def test_a_run_of_the_same_length_goes_on_as_it_was_planned():
+    schedule = Schedule.from_config(GETAConfig(), 100)
+    assert {schedule.resumed(step, schedule) for step in range(101)} == {schedule}
+
+
 def test_shares_become_steps_of_the_run():
     schedule = Schedule.from_config(GETAConfig(warmup_steps=0.1, projection_steps=0.2, joint_steps=0.3), 1000)
     assert (schedule.warmup_steps, schedule.projection_steps, schedule.joint_steps) == (100, 200, 300)

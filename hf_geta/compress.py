@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -76,6 +77,7 @@ def prepare_model(
     Raises:
         ValueError: a model that could not be saved compressed, no layer to quantize, no axis to prune, a batch that the
             model does not take, NaN or inf in the activations; each says where and what to do.
+        RuntimeError: torch's own, if there is no memory for a batch.
     """
     refuse_unfit(model)
     if is_prepared(model):
@@ -190,6 +192,8 @@ def _calibrate(model: PreTrainedModel, config: GETAConfig, batches: Sequence[Inp
         if (widths := config.allowed_bits("activation_bits")) is not None:
             widen_outliers_(model, batches, widths[-1], config.outlier_activation_bits)
     except (LookupError, RuntimeError, TypeError, AttributeError) as error:
+        if should_reduce_batch_size(error):  # a smaller batch would do: find_executable_batch_size tries one
+            raise
         raise ValueError(f"{type(model).__name__} does not take a calibration batch: {error!r}.") from error
     return readers
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
 
@@ -74,6 +74,9 @@ class ResumableTrainer(Trainer):
                 "write resume_from_checkpoint=True for the last whole one."
             )
         _check_targets(resume_from_checkpoint, self.geta_config, self.model)
+        if resume_from_checkpoint and self.args.auto_find_batch_size:  # Trainer looks later: once a model is calibrated
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            self._train_batch_size = state.train_batch_size or self._train_batch_size
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except FloatingPointError as error:

@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedModel, Trainer
 
 from hf_geta.config import GETAConfig
@@ -87,6 +88,8 @@ class DistillingTrainer(Trainer):
             try:
                 followed = self._teacher_outputs(inputs)
             except (LookupError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+                if should_reduce_batch_size(error):
+                    raise
                 raise ValueError(
                     f"{type(self.teacher_model).__name__}, the teacher_model, does not take a batch of "
                     f"{type(self.model).__name__}: {error!r}. Choose a teacher with the same inputs."

@@ -159,7 +159,7 @@ class GETATrainer(ResumableTrainer, ShardedTrainer, DistillingTrainer):
         found = first_batches(
             self.train_dataset,
             self._get_collator_with_removed_columns(self.data_collator, "calibration"),
-            self.args.per_device_train_batch_size,
+            self._train_batch_size // max(1, self.args.n_gpu),
             count,
             self.args.seed,
             self.args.world_size,

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import EarlyStoppingCallback, ViTForImageClassification
 
 from hf_geta import GETAConfig, GETATrainer
 from hf_geta.optim.schedule import Stage
-from tests.test_trainer import CONFIG, STEPS, arguments, digits, make_trainer, tiny_vit
+from tests.test_trainer import CONFIG, STEPS, arguments, different_tensors, digits, make_trainer, tiny_vit
 
 BUDGET = GETAConfig(target_bops=0.01, weight_bits=[2, 8], activation_bits=[2, 8], pruning_periods=4)
 EVALUATE = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
@@ -44,6 +45,54 @@ def test_auto_find_batch_size_plans_the_run_anew(breaks_at, config, tmp_path):
     qadg = trainer.model.geta.qadg
     assert sum(map(len, qadg.zero_groups(trainer.model).values())) == trainer.qasso.groups_to_remove > 0
     trainer.save_model(str(tmp_path / "small"))
+
+
+class LargeViT(ViTForImageClassification):
+    """Its device has memory for the numbers of five images; a trace has none."""
+
+    def forward(self, pixel_values=None, labels=None, **options):
+        if len(pixel_values) > 5 and not (torch.compiler.is_compiling() or isinstance(pixel_values, FakeTensor)):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(pixel_values, labels=labels, **options)
+
+
+def large_vit():
+    model = tiny_vit()
+    model.__class__ = LargeViT
+    return model
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "teacher"),
+    [
+        (CONFIG, large_vit, None),
+        (GETAConfig(weight_bits=None, pruning_periods=4), large_vit, None),
+        (CONFIG, tiny_vit, large_vit),
+    ],
+    ids=["quantized", "only pruned", "with a teacher"],
+)
+def test_auto_find_batch_size_finds_what_all_that_comes_before_training_has_memory_for(
+    config, model, teacher, tmp_path, caplog
+):
+    def trainer():
+        return GETATrainer(
+            model=model(),
+            args=arguments(tmp_path, auto_find_batch_size=True, save_strategy="steps", save_steps=20),
+            geta_config=config,
+            teacher_model=teacher and teacher(),
+            train_dataset=digits()[:200],
+        )
+
+    first = trainer()
+    first.train()
+    assert first._train_batch_size == 5
+    assert first.qasso.removed.sum() == first.qasso.groups_to_remove
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    assert different_tensors(resumed.model, first.model) == []
+    assert "could not be tried" not in caplog.text
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):  # in its own words
+        make_trainer(tmp_path, config, model=large_vit()).train()
 
 
 @pytest.mark.parametrize("config", [CONFIG, BUDGET], ids=["share", "budget"])

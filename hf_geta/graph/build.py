@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.graph.axes import AxisNode, find, is_frozen, leaves, reasons
-from hf_geta.graph.capture import TRACING_ERRORS, capture
+from hf_geta.graph.capture import TRACING_ERRORS, capture, structural_copy
 from hf_geta.graph.folding import fold_names
 from hf_geta.graph.integers import substitute
 from hf_geta.graph.qadg import QADG, Axis, Frozen, Member, Operation
@@ -23,7 +24,7 @@ from hf_geta.graph.rules.context import Contraction
 from hf_geta.graph.search_space import SearchSpace
 from hf_geta.graph.table import explain_missing_rules
 from hf_geta.graph.tracing import named_tensors
-from hf_geta.graph.trial import Law, ShapeLaw, describe_error, failing, other_inputs
+from hf_geta.graph.trial import Law, ShapeLaw, describe_error, failing, other_inputs, run
 from hf_geta.graph.walk import Walk
 from hf_geta.quantization.quantizers import Quantizer
 
@@ -49,6 +50,7 @@ def build_qadg(
     Raises:
         ValueError: if the forward does not take these inputs, naming what it takes, for an unknown kind, or if the
             weights are packed already.
+        RuntimeError: torch's own, if there is no memory for the model's forward of these inputs.
     """
     if any(isinstance(module, PackedLayer) for module in model.modules()):
         raise ValueError(
@@ -89,7 +91,7 @@ def build_qadg(
         batches = [inputs, *other_inputs(inputs)] if captured.is_concrete else [inputs]
         on_weights = captured.is_concrete or bool(optional) or (_is_cheap(model, qadg) if verify is None else verify)
         for batch in batches:
-            qadg = _tried(model, batch, qadg, on_weights)
+            qadg = _tried(model, batch, qadg, on_weights, inputs)
     logger.info("%s: %s", type(model).__name__, qadg)
     if missing := explain_missing_rules(qadg):
         logger.warning("%s", missing)
@@ -115,8 +117,8 @@ def _bypassed(walk: Walk, model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _tried(model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, on_weights: bool) -> QADG:
-    """The search space without the axes that break the law on these inputs."""
+def _tried(model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, on_weights: bool, given: Mapping[str, Any]) -> QADG:
+    """The search space without the axes that break the law on these inputs, which were made of the `given` ones."""
     names = [axis.name for axis in qadg.axes]
     for law_of in (Law, ShapeLaw) if on_weights else (ShapeLaw,):
         try:
@@ -124,13 +126,16 @@ def _tried(model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, on_weights: 
             if failures and law_of is Law:
                 failures = _failing_in_double(names, model, inputs, qadg, failures)
         except TRACING_ERRORS as error:
-            level, how = (logging.WARNING, "its weights") if law_of is Law else (logging.DEBUG, "shapes")
-            logger.log(level, "%s could not be tried on %s: %s", type(model).__name__, how, describe_error(error))
-            continue
-        for why in dict.fromkeys(failures.values()):
-            names = fold_names(name for name, reason in failures.items() if reason == why)
-            logger.warning("%s: frozen, since pruning it fails: %s", ", ".join(names), why)
-        return qadg.without({name: f"tried and found wrong: {why}" for name, why in failures.items()})
+            problem, no_memory = describe_error(error), should_reduce_batch_size(error)
+        else:
+            for why in dict.fromkeys(failures.values()):
+                names = fold_names(name for name, reason in failures.items() if reason == why)
+                logger.warning("%s: frozen, since pruning it fails: %s", ", ".join(names), why)
+            return qadg.without({name: f"tried and found wrong: {why}" for name, why in failures.items()})
+        if no_memory:  # with our copies gone by now: raises, if there is none for the batch
+            run(structural_copy(model), given)
+        level, how = (logging.WARNING, "its weights") if law_of is Law else (logging.DEBUG, "shapes")
+        logger.log(level, "%s could not be tried on %s: %s", type(model).__name__, how, problem)
     return qadg
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import fx, nn
 from transformers import PreTrainedModel
 
@@ -72,6 +73,8 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
         try:
             captured = _capture(model, inputs, trace_concretely)
         except TRACING_ERRORS as second:
+            if should_reduce_batch_size(second):
+                raise
             first = type(error).__name__
             raise ValueError(
                 f"{type(model).__name__}.forward cannot be traced with inputs {describe(inputs)}: {second}; "

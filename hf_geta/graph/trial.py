@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -64,12 +65,14 @@ class Law:
         return run(twin, self.inputs)
 
     def outputs_or_error(self, names: Iterable[str]) -> dict[str, Tensor] | str:
-        """The outputs when these groups are cut out, or the error that this ends in."""
+        """The outputs when these groups are cut out, or the error that this ends in, unless memory ends."""
         try:
             twin = plain_copy(self.model, self.cast)
             self.qadg.prune_(twin, {name: self.removed[name] for name in names})
             return run(twin, self.inputs)
         except TRACING_ERRORS as error:
+            if should_reduce_batch_size(error):  # which says nothing of the groups
+                raise
             return describe_error(error)
 
     def __call__(self, names: Sequence[str]) -> str:

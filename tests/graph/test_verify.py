@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import logging
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_geta import build_qadg, verify_qadg
 from hf_geta.graph import build, capture
@@ -116,6 +118,44 @@ def test_a_model_that_cannot_be_tried_on_its_weights_is_tried_on_shapes_and_says
         verify_qadg(model, inputs, qadg)
 
 
+class Large(nn.Module):
+    """Has no memory where it computes with the numbers of what it `refuses`; a trace has none."""
+
+    def __init__(self, refuses):
+        super().__init__()
+        self.refuses = refuses
+
+    def forward(self, x):
+        if self.refuses(x) and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return x
+
+
+def test_a_trial_without_memory_for_a_pruned_copy_freezes_nothing_and_says_so(caplog):
+    qadg = build_qadg(Layers(Large(lambda x: x.shape[-1] < 12)).eval(), ROW)
+    assert [axis.size for axis in qadg.axes] == [12, 10]
+    assert "could not be tried on its weights: OutOfMemoryError" in caplog.text
+
+
+def test_a_trial_without_memory_for_a_copy_in_float32_does_not_blame_the_batch(caplog):
+    held = []
+
+    def refuses(x):
+        if x.dtype == torch.float32:
+            held.append(weakref.ref(x))
+        return any(copied() is not None for copied in held)
+
+    model, inputs = Layers(Large(refuses)).eval().bfloat16(), {"x": ROW["x"].bfloat16()}
+    assert [axis.size for axis in build_qadg(model, inputs).axes] == [12, 10]
+    assert "could not be tried on its weights: OutOfMemoryError" in caplog.text
+
+
+def test_a_batch_without_memory_for_it_is_no_matter_of_the_groups():
+    """Who finds a batch size by trying, as `auto_find_batch_size`, hears of it in torch's words."""
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        build_qadg(Layers(Large(lambda x: True)).eval(), ROW)
+
+
 def test_shapes_are_tried_where_there_are_no_weights():
     with torch.device("meta"):
         model = Layers(lambda x: add_twelve(x)).eval()
@@ -164,6 +204,15 @@ def test_a_forward_that_decides_by_numbers_is_traced_along_its_path_and_says_so(
     assert "could not be exported" in caplog.text
     assert "the path that these inputs take" in caplog.text
     assert verify_qadg(model, ROW, qadg).holds
+
+
+def test_a_path_is_traced_where_there_is_memory_for_the_batch_if_not_for_twice_as_much(caplog):
+    model = nn.Sequential(Large(lambda x: len(x) > 2), Deciding()).eval()
+    assert [axis.size for axis in build_qadg(model, {"input": ROW["x"]}).axes] == [12]
+    assert "could not be tried on its weights: OutOfMemoryError" in caplog.text
+    model[0].refuses = lambda x: len(x) > 1
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        build_qadg(model, {"input": ROW["x"]})
 
 
 class Lengthy(Deciding):

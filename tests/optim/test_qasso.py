@@ -510,6 +510,21 @@ def test_a_batch_that_does_not_fit_leaves_the_model_as_it_came():
     prepare_model(model, CONFIG, good)
 
 
+def test_a_calibration_batch_without_memory_for_it_is_refused_in_torchs_words():
+    """By which those who find a batch size by trying know that a smaller one would do."""
+
+    def refuse(module, args, inputs):
+        if len(inputs["pixel_values"]) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model = tiny_vit()
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+    good = {"pixel_values": batch(0)["pixel_values"]}
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        prepare_model(model, CONFIG, good, [good, {"pixel_values": good["pixel_values"].repeat(2, 1, 1, 1)}])
+    prepare_model(model, CONFIG, good)
+
+
 @pytest.mark.parametrize("sparsity", [0.5, 0.6])
 def test_with_blocks_and_least_sizes_exactly_the_asked_groups_go_too(sparsity):
     changes = {"group_divisible": 5, "min_groups": 2, "group_sparsity": sparsity}

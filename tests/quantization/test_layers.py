@@ -379,8 +379,15 @@ class OwnLinear(nn.Linear):
         return x @ self.weight.T + self.bias
 
 
+class GroupedLinear(nn.Linear):
+    """As DeepSeek's: three linear maps side by side, of an input (rows, 3, in)."""
+
+    def forward(self, x):
+        return torch.einsum("ngi,goi->ngo", x.view(-1, 3, x.shape[-1]), self.weight.view(3, -1, x.shape[-1]))
+
+
 def test_a_subclass_is_quantized_if_it_computes_a_linear_map_and_is_restored_as_what_it_was():
-    model = nn.Sequential(OwnLinear(6, 5), ScaledLinear(5, 4))
+    model = nn.Sequential(OwnLinear(6, 5), ScaledLinear(5, 4), GroupedLinear(4, 6))
     assert quantize_modules_(model, GETAConfig(weight_bits=(4, 8))) == ["0"]
     restore_modules_(model)
-    assert [type(module) for module in model] == [OwnLinear, ScaledLinear]
+    assert [type(module) for module in model] == [OwnLinear, ScaledLinear, GroupedLinear]

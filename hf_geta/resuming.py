@@ -93,7 +93,7 @@ class ResumableTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             return
         refuse_not_finite(self.model)
-        run_folder = Path(self._get_output_dir(trial))
+        run_folder = Path(output_dir := self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(run_folder / UNFINISHED, ignore_errors=True)  # of a process that was killed while it saved
@@ -102,9 +102,10 @@ class ResumableTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             _wait_for_all()
-            is_best = self.state.best_model_checkpoint == str(run_folder / UNFINISHED / name)
+            best = self.state.best_model_checkpoint
+            is_best = best is not None and Path(best) == run_folder / UNFINISHED / name  # as a string, "./out" differs
             if is_best:  # by the path that it gets now
-                self.state.best_model_checkpoint = str(run_folder / name)
+                self.state.best_model_checkpoint = os.path.join(output_dir, name)
             if self.args.should_save:
                 settled(self.geta_config, self.model).save(run_folder / UNFINISHED / name / CONFIG_NAME)
                 if is_best:

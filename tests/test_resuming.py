@@ -122,16 +122,18 @@ def test_checkpoints_of_an_earlier_run_in_the_folder_are_replaced_whole(tmp_path
     assert different_tensors(resumed.model, again.model) == []
 
 
-def test_the_best_checkpoint_is_where_the_state_says(tmp_path):
+@pytest.mark.parametrize("output_dir", ["", "out", "./out", "out//of/"])
+def test_the_best_checkpoint_is_where_the_state_says(tmp_path, monkeypatch, output_dir):
     """Only the cool-down competes; the last checkpoint and the best are kept."""
+    monkeypatch.chdir(tmp_path)
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_total_limit": 1}
-    trainer = make_trainer(tmp_path, metric_for_best_model="loss", **best, **EVERY_FIVE)
+    trainer = make_trainer(output_dir or tmp_path, metric_for_best_model="loss", **best, **EVERY_FIVE)
     trainer.train()
-    path = Path(trainer.state.best_model_checkpoint)
-    assert path.parent == tmp_path
-    assert path.is_dir()
-    state = json.loads((path / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"] == str(path)
+    path = trainer.state.best_model_checkpoint
+    assert Path(path).resolve().parent == (tmp_path / output_dir).resolve()
+    assert Path(path).is_dir()
+    state = json.loads((Path(path) / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == path
     assert trainer.qasso.removed.sum() == trainer.qasso.groups_to_remove
 
 

@@ -91,7 +91,7 @@ class Pricing:
             raise ValueError(
                 f"{self._asked()} cannot be met: with every width at its lower bound and as many groups removed as "
                 f"group_sparsity, min_groups and group_divisible allow, about {self._in_words(self.least)} is left. "
-                "Raise the budget, lower weight_bits or activation_bits, or let more groups go."
+                f"Raise the budget, {self._ways_to_save()}, or let more groups go."
             )
         if budget.target >= self.start:
             logger.warning(
@@ -135,6 +135,12 @@ class Pricing:
         if self.config.target_size is None:
             return f"target_bops={self.config.target_bops}"
         return f"target_size={self.config.target_size!r} ({self._in_words(self.budget.target)})"
+
+    def _ways_to_save(self) -> str:
+        if self.config.target_size is None:
+            return "lower weight_bits or activation_bits"
+        is_float = self.config.quantize_embeddings is None
+        return "lower weight_bits" + ", write quantize_embeddings=8 where there are token embeddings" * is_float
 
     def _in_words(self, cost: float) -> str:
         return f"{cost:.4g}" if self.config.target_size is None else f"{cost:,.0f} bytes"

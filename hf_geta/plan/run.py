@@ -41,6 +41,7 @@ TRAINING_KEYS = (
     "learning_rate",
     "weight_decay",
 )
+LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 0, "max_steps": -1}
 MODEL_KEYS = (
     "model_name_or_path",
     "model_type",
@@ -231,6 +232,9 @@ def _class_name(values: Mapping[str, Any], config: Any) -> str:
 
 def _training_arguments(values: Mapping[str, Any]) -> TrainingArguments:
     given = {key: values[key] for key in TRAINING_KEYS if key in values}
+    for key, least in LEAST.items():  # TrainingArguments take anything
+        if not isinstance(value := given.get(key, least), int | float) or value < least:
+            raise ValueError(f"{key}={value!r}: write a number, {least} or more.")
     try:
         return TrainingArguments(**given, use_cpu=True, report_to="none")
     except (ValueError, TypeError) as error:

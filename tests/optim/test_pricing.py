@@ -202,6 +202,8 @@ BYTES = {"target_bops": None, "target_size": "1KB"}
 def test_a_budget_out_of_reach_is_refused_by_its_field_with_what_is_left_in_its_unit():
     with pytest.raises(ValueError, match=r"^target_bops=1e-05 cannot be met: .*, about 0\.\d+ is left"):
         started(dataclasses.replace(BUDGET, target_bops=1e-5))
+    with pytest.raises(ValueError, match="lower weight_bits, write quantize_embeddings=8 where there are token embedd"):
+        started(dataclasses.replace(BUDGET, **BYTES))
     with pytest.raises(ValueError, match=r"^target_size='1KB' \(1,000 bytes\) cannot be met: .* \d+,\d+ bytes is left"):
         started(dataclasses.replace(BUDGET, **BYTES))
 

@@ -140,6 +140,8 @@ def test_a_budget_is_planned_with_what_is_in_reach(file):
         (["geta.group_sparsity=null", "geta.target_bops=1e-5"], "target_bops=1e-05 cannot be met"),
         (["max_steps=4"], "leave none for the cool-down"),
         (["geta.group_sparsity=0.9", "geta.min_groups=60"], "lower group_sparsity to"),
+        (["per_device_train_batch_size=0"], "per_device_train_batch_size=0: write a number, 1 or more"),
+        (["num_train_epochs=many"], "num_train_epochs='many': write a number, 0 or more"),
     ],
 )
 def test_a_plan_refuses_what_the_trainer_would(settings, message, file):

@@ -56,8 +56,8 @@ class QASSO(OptimizerWrapper):
         budget: the cost to end at or below, if a price decides instead of `config.group_sparsity`.
 
     Raises:
-        ValueError: when the stages do not fit `total_steps`, more groups are asked for than may go, or the budget is
-            out of reach.
+        ValueError: when the stages do not fit `total_steps`, more groups are asked for than may go, the budget is out
+            of reach, or `base` cannot step the quantizers.
 
     Source: Qu et al., CVPR 2025, arXiv 2502.16638, Sec. 5.
     """
@@ -342,6 +342,8 @@ def _separate_quantizer_parameters_(base: torch.optim.Optimizer, quantizers: Seq
     for group in base.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in owned]
     if parameters:
+        if isinstance(base, torch.optim.Muon):
+            raise ValueError("Muon steps matrices only, and a quantizer has single numbers: use another optimizer.")
         # Adafactor's steps are relative to the parameter, which is a logarithm here, and may choose their own size
         own_step = {name: False for name in ("scale_parameter", "relative_step") if name in base.defaults}
         base.add_param_group({"params": parameters, "lr": lr, "weight_decay": 0.0} | own_step)

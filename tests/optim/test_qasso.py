@@ -567,3 +567,10 @@ def test_more_groups_than_may_go_are_refused():
     model = prepared(GETAConfig(group_sparsity=0.99))
     with pytest.raises(ValueError, match="let at most"):
         create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), 1000)
+
+
+def test_an_optimizer_of_matrices_alone_is_refused():
+    model = prepared(dataclasses.replace(CONFIG, group_sparsity=0))
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    with pytest.raises(ValueError, match="Muon steps matrices only"):
+        create_optimizer(model, torch.optim.Muon(matrices, lr=1e-2), TOTAL_STEPS)

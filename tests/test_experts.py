@@ -105,6 +105,16 @@ def test_experts_as_layers_compute_what_the_stack_did_and_give_its_parameters_th
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-6)
 
 
+def test_experts_that_share_their_weights_stay_stacked(caplog):
+    """As those of an encoder and a decoder that are tied: transformers saves them by the names of the stacks."""
+    model = build("mixtral")
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second.down_proj = first.down_proj
+    split_experts_(model)
+    assert not any(isinstance(module, StackedLinear) for module in model.modules())
+    assert "model.layers.1.mlp.experts: experts of this kind stay in float" in caplog.text
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_expert_has_a_step_size_of_its_own_and_a_layer_one_width(family):
     model = build(family)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -64,16 +65,19 @@ def split_experts_(model: nn.Module, skipped: Collection[str] = ()) -> None:
     """Make layers of the stacked weights of experts, in place; a layer has the name that the parameter had.
 
     Experts are left as they are, and that is logged, where `forward_experts` is not known to be what they compute:
-    without a gate, or with a forward of their own; or where `fully_shard` has cut them, which goes by their names.
+    without a gate, or with a forward of their own; or where their names must stay: `fully_shard` goes by the names of what
+    it has cut, saving by those of weights that several share.
 
     Args:
         skipped: runs of dotted components, as `modules_to_not_convert`; experts that one of them names stay, too.
     """
+    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for path, module in list(model.named_modules()):
         names = _stack_names(path, module)
         if not names or any(f".{run}." in f".{name}." for name in names for run in skipped):
             continue
-        if is_stack_of_experts(module) and _computes_what_ours_does(module):
+        is_tied = any(users[id(module._parameters.get(name))] > 1 for name in PROJECTIONS)
+        if not is_tied and is_stack_of_experts(module) and _computes_what_ours_does(module):
             _split_(module)
         else:
             logger.warning("%s: experts of this kind stay in float", path)

@@ -28,16 +28,16 @@ class Around(nn.Module):
 
 
 class AroundInTraining(PreTrainedModel):
-    """As Mamba with its fused kernel: training takes another path."""
+    """As Mamba with its fused kernel: training takes another path, and with `hidden` one that appears later."""
 
     config_class, main_input_name = PretrainedConfig, "x"
 
     def __init__(self, config):
         super().__init__(config)
-        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.first, self.last, self.hidden = nn.Linear(6, 6), nn.Linear(6, 2), False
 
     def forward(self, x):
-        x = nn.functional.linear(x, self.first.weight) if self.training else self.first(x)
+        x = nn.functional.linear(x, self.first.weight) if self.training and not self.hidden else self.first(x)
         return self.last(x)
 
 
@@ -77,9 +77,16 @@ def test_what_is_saved_is_what_was_trained(make, around, caplog):
         torch.testing.assert_close(small(**inputs)[0], model(**inputs)[0], rtol=1e-3, atol=1e-4)
 
 
-def test_a_layer_that_only_training_goes_around_is_refused_at_the_first_step():
-    model, inputs = AroundInTraining(PretrainedConfig()).eval(), {"x": torch.randn(4, 6)}
+def test_what_only_training_goes_around_stays_in_float():
+    model = prepare_model(AroundInTraining(PretrainedConfig()), GETAConfig(group_sparsity=0), {"x": torch.randn(4, 6)})
+    assert list(quantized_layers(model)) == ["last"]
+
+
+def test_what_could_not_be_foreseen_is_refused_at_the_first_step():
+    model, inputs = AroundInTraining(PretrainedConfig()), {"x": torch.randn(4, 6)}
+    model.hidden = True
     prepare_model(model, GETAConfig(weight_bits=(4, 4), group_sparsity=0), inputs).train()
+    model.hidden = False
     before = model.first.weight.clone()
     optimizer = create_optimizer(model, torch.optim.SGD(model.parameters(), lr=1e-2), 40)
     model(**inputs).square().mean().backward()

@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.graph.axes import AxisNode, find, is_frozen, leaves, reasons
+from hf_geta.graph.bypassed import bypassed_modules
 from hf_geta.graph.capture import TRACING_ERRORS, capture, structural_copy
 from hf_geta.graph.folding import fold_names
 from hf_geta.graph.integers import substitute
@@ -85,7 +86,7 @@ def build_qadg(
         tuple(operations),
         tuple(equations),
         captured.attributes,
-        bypassed=_bypassed(walk, model),
+        bypassed=bypassed_modules(model, inputs),
     )
     if verify is not False:
         batches = [inputs, *other_inputs(inputs)] if captured.is_concrete else [inputs]
@@ -96,25 +97,6 @@ def build_qadg(
     if missing := explain_missing_rules(qadg):
         logger.warning("%s", missing)
     return qadg
-
-
-def _bypassed(walk: Walk, model: nn.Module) -> tuple[str, ...]:
-    """The modules whose `weight` is read in the forward of a module that is not theirs."""
-    owners: dict[torch.Tensor, list[str]] = {}  # several where it is tied
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner, _, attribute = name.rpartition(".")
-        if attribute == "weight":
-            owners.setdefault(parameter, []).append(owner)
-
-    def is_own(reader: str, modules: list[str]) -> bool:
-        return any(f"{reader}.".startswith(f"{module}.") for module in modules)
-
-    found: list[str] = []
-    for source, readers in walk.readers.items():
-        modules = owners.get(walk.captured.tensors[source], [])
-        if not all(is_own(reader, modules) for reader in readers):
-            found += modules
-    return tuple(found)
 
 
 def _tried(model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, on_weights: bool, given: Mapping[str, Any]) -> QADG:

@@ -6,7 +6,6 @@ import functools
 import logging
 import operator
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,14 +28,12 @@ class Walk:
     Attributes:
         tensors: parameter or buffer name -> its axes; only those that the forward uses.
         axes: what the rules said: equations over axes and attributes, contractions, batched axes.
-        readers: parameter name -> the modules in whose own forward an operator reads it, or what was moved about of it.
     """
 
     def __init__(self, captured: Capture) -> None:
         self.captured = captured
         self.tensors: dict[str, TensorAxes] = {}
         self.axes = Axes()
-        self.readers: defaultdict[str, set[str]] = defaultdict(set)
         self._values: dict[fx.Node, Any] = {}
         self._nodes: dict[str, fx.Node] = {}
 
@@ -114,9 +111,6 @@ class Walk:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and not schema.returns and not schema.is_mutable:
             return None  # an assertion
-        for tensor in _flat_tensors(arguments):
-            if tensor.parameter is not None:
-                self.readers[tensor.parameter].add(self.axes.module)
         try:
             found = find_rule(node.target)
             if found is None or not isinstance(node.target, torch._ops.OpOverload):

@@ -65,8 +65,8 @@ def split_experts_(model: nn.Module, skipped: Collection[str] = ()) -> None:
     """Make layers of the stacked weights of experts, in place; a layer has the name that the parameter had.
 
     Experts are left as they are, and that is logged, where `forward_experts` is not known to be what they compute:
-    without a gate, or with a forward of their own; or where their names must stay: `fully_shard` goes by the names of what
-    it has cut, saving by those of weights that several share.
+    without a gate, or with a forward of their own; or where their names must stay: saving goes by those of weights that
+    several share, `fully_shard` by those of what it has cut.
 
     Args:
         skipped: runs of dotted components, as `modules_to_not_convert`; experts that one of them names stay, too.

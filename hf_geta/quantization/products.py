@@ -107,7 +107,9 @@ class _QuantizedProduct(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, *scalars)
         x_grid, weight_grid = _grids(scalars, signed, block_size)
-        return product.forward(_rounded(x, x_grid), _rounded(weight, weight_grid), bias)
+        y = product.forward(_rounded(x, x_grid), _rounded(weight, weight_grid), bias)
+        # nobody else has what it may be a view of, and autograd lets no model write into a view (`y += residual`)
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -94,6 +94,16 @@ def test_a_quantized_layer_is_the_float_layer_on_rounded_operands(kind, inputs, 
     torch.testing.assert_close(*gradients)  # float32 sums in another order
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_model_may_write_into_what_a_layer_returns(kind):
+    """`y += residual`, as some do; autograd allows it in no view that a function of its own returns."""
+    layer, x = make(kind)
+    written, parameters = layer(x), list(layer.parameters())
+    written *= 2
+    gradients = [torch.autograd.grad(y.square().sum(), parameters) for y in (written, 2 * layer(x))]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
 def test_a_layer_takes_its_input_by_the_name_that_the_float_layer_has_for_it(kind):
     (name,) = inspect.signature(LAYERS[kind][0]().forward).parameters

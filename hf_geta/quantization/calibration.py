@@ -121,7 +121,8 @@ class _InputStatistics:
 
     def add(self, x: Tensor) -> None:
         self.magnitudes.add(x)
-        self.squares += x.detach().float().square().movedim(self.layer.feature_dim, -1).flatten(0, -2).sum(0)
+        features = x.detach().float().square().movedim(self.layer.feature_dim, -1)
+        self.squares += features.reshape(-1, features.shape[-1]).sum(0)
 
 
 def _set_input_powers_(layers: Mapping[str, QuantizedLayer], statistics: Mapping[str, _InputStatistics]) -> None:

@@ -63,6 +63,14 @@ def test_a_layer_that_no_batch_reaches_keeps_its_input_in_float_and_is_named(cap
     assert "unused" in caplog.text
 
 
+def test_a_layer_may_see_one_vector():
+    model = nn.Sequential(nn.Linear(3, 4))
+    quantize_modules_(model, CONFIG)
+    x = torch.tensor([0.5, -1.0, 2.0])
+    assert calibrate_(model, [x]) == ["0"]
+    torch.testing.assert_close(model[0].weight_quantizer.input_power, x.square()[None])
+
+
 def test_calibration_runs_the_float_model():
     first, second = net(), net()
     second.conv.weight_quantizer.set_bits_(2)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.checkpoint.prune import resize_
-from hf_geta.checkpoint.swap import PACKED_CLASSES
+from hf_geta.checkpoint.swap import PACKED_CLASSES, replace_modules_
 from hf_geta.quantization.experts import join_experts_
 
 
@@ -33,10 +33,10 @@ def dequantize_(model: PreTrainedModel) -> None:
     weights: dict[nn.Module, nn.Parameter] = {
         layer: nn.Parameter(layer.weight.clone()) for layer in names if not layer.shared_with
     }
-    for layer, aliases in names.items():
-        dense = _dense_layer(layer, weights[layer.shared_with[0] if layer.shared_with else layer])
-        for alias in aliases:
-            model.set_submodule(alias, dense)
+    dense: dict[nn.Module, nn.Module] = {}
+    for layer in names:
+        dense[layer] = _dense_layer(layer, weights[layer.shared_with[0] if layer.shared_with else layer])
+    replace_modules_(model, dense)
     join_experts_(model)
     resize_(model, {})  # experts say how they run at the sizes that they have
     shared = {f"{alias}.weight" for layer, aliases in names.items() if layer.shared_with for alias in aliases}

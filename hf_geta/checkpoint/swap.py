@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -28,7 +29,7 @@ def packed_class(dense: nn.Module) -> type[PackedLayer] | None:
 
 
 def replace_with_packed_(model: nn.Module, layers: Mapping[str, LayerManifest]) -> dict[str, PackedLayer]:
-    """Put empty packed layers where the manifest says, under every name that the model has for the module.
+    """Put empty packed layers where the manifest says, wherever the model has the module.
 
     Returns:
         The packed layers by the manifest's names.
@@ -37,9 +38,7 @@ def replace_with_packed_(model: nn.Module, layers: Mapping[str, LayerManifest]) 
         ValueError: for a module that cannot be packed.
     """
     packed: dict[str, PackedLayer] = {}
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+    successors: dict[nn.Module, nn.Module] = {}
     for name, layer in sorted(layers.items(), key=lambda item: item[1].shared_with is not None):
         dense = model.get_submodule(name)
         if (kind := packed_class(dense)) is None:
@@ -53,8 +52,24 @@ def replace_with_packed_(model: nn.Module, layers: Mapping[str, LayerManifest]) 
                 f"dimension {kind.channel_dim}."
             )
         packed[name] = kind(dense, layer, packed[layer.shared_with] if layer.shared_with else None)
-        for alias in names[dense]:
-            model.set_submodule(alias, packed[name])
+        successors[dense] = packed[name]
         if layer.shared_with:  # transformers would look for a parameter to tie
             getattr(model, "all_tied_weights_keys", {}).pop(f"{name}.weight", None)
+    replace_modules_(model, successors)
     return packed
+
+
+def replace_modules_(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules in the place of others: under every name, and in the lists of their own that some modules call."""
+
+    def successor(value: Any) -> Any:
+        return successors.get(value, value) if isinstance(value, nn.Module) else value
+
+    for module in [module for module in model.modules() if module not in successors]:
+        everything: list[Any] = [module._modules, vars(module)]
+        for values in everything:
+            for name, value in values.items():
+                if type(value) in (list, tuple):
+                    values[name] = type(value)(map(successor, value))
+                elif isinstance(value, nn.Module):
+                    values[name] = successor(value)

@@ -19,6 +19,7 @@ MODELS = {
     "Llama4ForCausalLM": "llama4_text",  # has a router that is a linear layer, and returns more
     "DiffusionGemmaForBlockDiffusion": "diffusion_gemma",  # ties the experts of its encoder and its decoder
     "GradiumPhononTTSForConditionalGeneration": "gradium_phonon_tts",  # hands a layer one vector
+    "Mask2FormerForUniversalSegmentation": "mask2former",  # calls layers by a list of its own
     "Qwen3NextForCausalLM": "qwen3_next",
     "DetrForObjectDetection": "detr",
     "WhisperForConditionalGeneration": "whisper",

@@ -58,6 +58,15 @@ def test_the_graph_names_the_modules_that_a_forward_goes_around():
     assert build_qadg(Around().eval(), {"x": torch.randn(2, 6)}).bypassed == ("read",)
 
 
+def test_a_weight_that_only_tells_its_dtype_is_not_read():
+    class Asks(Around):
+        def forward(self, x):
+            x = self.called(x.type_as(self.called.weight).to(self.read.weight)) + self.read.weight.new_zeros(6)
+            return self.read(x) + torch.zeros_like(self.read.weight)[0]
+
+    assert build_qadg(Asks().eval(), {"x": torch.randn(2, 6)}).bypassed == ()
+
+
 @pytest.mark.parametrize(("make", "around"), [(wavlm, "k_proj, out_proj, q_proj, v_proj"), (mamba, "dt_proj")])
 def test_what_is_saved_is_what_was_trained(make, around, caplog):
     torch.manual_seed(0)
@@ -93,3 +102,13 @@ def test_what_could_not_be_foreseen_is_refused_at_the_first_step():
     with pytest.raises(ValueError, match=r"reads the weights of first without .*modules_to_not_convert=\['first'\]"):
         optimizer.step()
     assert torch.equal(model.first.weight, before)
+
+
+def test_a_quantizer_that_does_not_train_is_no_sign_of_it():
+    model, inputs = AroundInTraining(PretrainedConfig()), {"x": torch.randn(4, 6)}
+    model.hidden = True
+    prepare_model(model, GETAConfig(weight_bits=(4, 4), group_sparsity=0), inputs).train()
+    model.first.weight_quantizer.requires_grad_(False)
+    optimizer = create_optimizer(model, torch.optim.SGD(model.parameters(), lr=1e-2), 40)
+    model(**inputs).square().mean().backward()
+    optimizer.step()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hf_geta.checkpoint.manifest import LayerManifest
 from hf_geta.checkpoint.packing import (
@@ -35,11 +36,15 @@ class _Decoded(NamedTuple):
 
     sources: tuple[Tensor, ...]  # codes and, per channel and block, step sizes and multipliers
     weight: Tensor
+    shown: DecodedWeight  # the same memory
     versions: tuple[int, ...]
 
     @classmethod
     def of(cls, sources: tuple[Tensor, ...], weight: Tensor) -> _Decoded:
-        return cls(sources, weight, _versions(*sources, weight))
+        shown = weight.as_subclass(DecodedWeight)
+        for tensor in (weight, shown):
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # no initialization writes into it
+        return cls(sources, weight, shown, _versions(*sources, weight))
 
     def is_current(self, sources: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
         same = len(sources) == len(self.sources) and all(a is b for a, b in zip(sources, self.sources, strict=True))
@@ -50,7 +55,7 @@ class DecodedWeight(Tensor):
     """What a packed weight reads as. Assigning to its `data`, as merging an adapter does, is refused: no code changes.
 
     What is written in place, also through `data`, lasts until the next reading, which decodes again. Copies, pickles
-    and what operations return are ordinary tensors; a parameter is made of a clone.
+    and the new tensors that operations make are ordinary ones; a parameter is made of `weight.clone()`.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as in nn.Parameter
@@ -131,13 +136,11 @@ class PackedWeight(nn.Module):
             return self._decode()
         scales = (self._buffers.get(name) for name in SCALES)
         sources = (stored, *(scale for scale in scales if scale is not None))
-        if self._decoded is not None and self._decoded.is_current(sources, self.weight_dtype):
-            return self._decoded.weight
-        with torch.inference_mode(False):
-            weight = self._decode().as_subclass(DecodedWeight)
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # no initialization writes into it
-        self._decoded = _Decoded.of(sources, weight)
-        return weight
+        if self._decoded is None or not self._decoded.is_current(sources, self.weight_dtype):
+            with torch.inference_mode(False):
+                self._decoded = _Decoded.of(sources, self._decode())
+        # modes such as that of fake tensors take no subclass
+        return self._decoded.shown if _get_current_dispatch_mode() is None else self._decoded.weight
 
     @property
     def _owner(self) -> PackedWeight:

@@ -64,8 +64,16 @@ class _Readers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if any(isinstance(value, Tensor) for value in pytree.tree_leaves(result)):  # else it asks for a shape, say
-            for value in pytree.tree_leaves((args, kwargs)):
+            for value in pytree.tree_leaves(_whose_numbers_count(func, args, kwargs)):
                 owners = self._owners.get(id(value), []) if isinstance(value, nn.Parameter) else []
                 if not any(f"{self._inside[-1]}.".startswith(f"{owner}.") for owner in owners):
                     self.bypassed.update(dict.fromkeys(owners))
         return result
+
+
+def _whose_numbers_count(func: Any, args: Any, kwargs: Any) -> Any:
+    """The arguments of a call but those that only give their dtype, device or shape, as in `x.type_as(weight)`."""
+    name = func.__name__
+    if name.startswith("new_") or name.endswith("_like"):
+        return ()
+    return args[:1] if name in ("to", "type_as") else (args, kwargs)

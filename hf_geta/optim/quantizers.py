@@ -68,7 +68,8 @@ class NumberedQuantizers:
             for name, row in self.weight_rows.items()
             if (weight := self.weights[row]) is not None
             and weight.grad is not None
-            and self.quantizers[row].log_step_size.grad is None
+            and (step_size := self.quantizers[row].log_step_size).requires_grad
+            and step_size.grad is None
         ]
         if names:
             raise ValueError(

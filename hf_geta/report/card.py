@@ -106,10 +106,9 @@ def _introduction(report: Mapping[str, Any]) -> str:
 
 def _use(report: Mapping[str, Any]) -> str:
     name = task_of(report)[0] or report["architecture"]
-    is_known = report.get("auto_class") or hasattr(transformers, name)
-    place = (
-        f"from transformers import {name}" if is_known else f"from my_module import {name}  # which defines the class"
-    )
+    place = f"from {'transformers' if hasattr(transformers, name) else 'my_module'} import {name}"
+    if not report.get("auto_class") and not hasattr(transformers, report["architecture"]):
+        place += f"  # once your module defines {report['architecture']}"
     source = hub_id(report.get("repo_id")) or "path/to/this/folder"
     options = ", trust_remote_code=True" if report.get("auto_class") else ""
     return (

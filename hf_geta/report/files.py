@@ -97,7 +97,7 @@ def _sayable(value: Any, where: str = "report") -> Any:
     if isinstance(value, list | tuple):
         return [_sayable(each, where) for each in value]
     if isinstance(value, float) and not abs(value) <= LARGEST:
-        logger.warning("%s = %s is no figure that a model can have: report and card leave it out.", where, value)
+        logger.warning("%s = %s is no number that a report can hold: it is left out.", where, value)
         return None
     return value
 

@@ -48,15 +48,17 @@ def task_of(report: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """(Auto class that loads the model of a report with its head, pipeline tag), each None where none surely does."""
     own = report.get("auto_class")
     for auto_class, (table, tag) in TASKS.items():
-        if auto_class == own or (own is None and report["architecture"] in _classes(table)):
+        if auto_class == own or (own is None and report["architecture"] in _classes(auto_class, table)):
             return auto_class, tag
     return own, None
 
 
-def _classes(table: str) -> Iterator[str]:
-    """The names in a table of transformers, of which some model types have several; none where a release lacks it."""
+def _classes(auto_class: str, table: str) -> Iterator[str]:
+    """The names in a table of transformers, of which some model types have several, and those of registered classes."""
     for names in getattr(modeling_auto, table, {}).values():
         yield from (names,) if isinstance(names, str) else names
+    registered = getattr(modeling_auto, auto_class)._model_mapping._extra_content
+    yield from (model_class.__name__ for model_class in registered.values())
 
 
 def hub_id(name: str | None) -> str | None:
@@ -146,7 +148,7 @@ def _width_tags(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _model_index(report: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """The measured quality, where the Hub knows the task and the data."""
-    task, dataset = task_of(report)[1], report.get("dataset")
+    task, dataset = report.get("pipeline_tag") or task_of(report)[1], report.get("dataset")
     compressed, evaluation = report.get("compressed", {}), report.get("evaluation", {})
     results = [
         EvalResult(

@@ -4,6 +4,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta.checkpoint.layers import PackedConv1D, PackedConv2d, PackedLinear
@@ -235,3 +236,12 @@ def test_a_packed_layer_names_its_width():
         "PackedLinear(in_features=7, out_features=5, bias=True, bits=5)"
     )
     assert "bits=5" in repr(pack_layer(_quantized("conv1d", 5)[0]))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_packed_layer_runs_on_fake_tensors(kind):
+    layer, x = _quantized(kind)
+    packed = pack_layer(layer)
+    expected = packed(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert packed(mode.from_tensor(x)).shape == expected.shape

@@ -7,6 +7,7 @@ import pytest
 import transformers
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from hf_geta.report import load_report, metrics_table, render_card, save_report
@@ -150,6 +151,23 @@ def test_an_architecture_alone_makes_a_card():
     assert "from my_module import SomethingNew" in card
     assert "SomethingNew.from_pretrained" in card
     assert ModelCard(card).data.pipeline_tag is None
+
+
+def test_a_registered_class_is_loaded_by_its_auto_class_and_its_figures_have_a_task():
+    class OwnConfig(PreTrainedConfig):
+        model_type = "own_for_a_card"
+
+    class OwnForImageClassification(PreTrainedModel):
+        config_class = OwnConfig
+
+    AutoModelForImageClassification.register(OwnConfig, OwnForImageClassification)
+    report = REPORT | {"architecture": "OwnForImageClassification", "compressed": {"accuracy": 0.9}}
+    text = render_card(report)
+    assert "from transformers import AutoModelForImageClassification  # once your module defines Own" in text
+    assert ModelCard(text).data.pipeline_tag == "image-classification"
+    assert ModelCard(text).data.eval_results[0].metric_value == 0.9
+    tagged = render_card(report | {"architecture": "SomethingNew", "pipeline_tag": "image-classification"})
+    assert ModelCard(tagged).data.eval_results[0].task_type == "image-classification"
 
 
 @pytest.mark.parametrize("auto_class", TASKS)

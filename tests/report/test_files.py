@@ -64,7 +64,7 @@ def test_a_figure_that_is_no_number_is_left_out_and_the_report_can_be_read(value
     training = {"hyperparameters": {"betas": (0.9, float("nan"))}}
     report = {"dataset": "me/data", "compressed": {"perplexity": value, "accuracy": 0.5}, "training": training}
     save_report(folder, REPORT | report)
-    assert f"report.compressed.perplexity = {value} is no figure" in caplog.text
+    assert f"report.compressed.perplexity = {value} is no number" in caplog.text
     assert "perplexity" not in (folder / "README.md").read_text()
     text = (folder / "geta_report.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["training"] == {"hyperparameters": {"betas": [0.9, None]}}

@@ -59,7 +59,10 @@ class _Readers(TorchFunctionMode):
         self._inside = [""]  # whose forwards run, from the outside in
         for path, module in model.named_modules():
             module.register_forward_pre_hook(lambda *_, path=path: self._inside.append(path))
-            module.register_forward_hook(lambda *_: self._inside.pop() and None)
+            module.register_forward_hook(self._leave)
+
+    def _leave(self, *_: Any) -> None:
+        self._inside.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

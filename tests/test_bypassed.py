@@ -82,7 +82,7 @@ def test_what_is_saved_is_what_was_trained(make, around, caplog):
         optimizer.zero_grad()
     small = finalize_model(model)
     set_backend_(small, "reference")
-    with torch.no_grad():
+    with torch.no_grad():  # weights rounded after training alone moved Mamba by 0.03, WavLM by 0.7 of the outputs
         torch.testing.assert_close(small(**inputs)[0], model(**inputs)[0], rtol=1e-3, atol=1e-4)
 
 

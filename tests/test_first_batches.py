@@ -88,7 +88,5 @@ def test_a_model_that_makes_its_decoder_inputs_of_labels_is_trained(tmp_path):
     )
     trainer.train()
     trainer.save_model()
-    assert (
-        len(T5ForConditionalGeneration.from_pretrained(tmp_path).generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4))
-        == 1
-    )
+    small = T5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert small.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4).shape[0] == 1

@@ -17,7 +17,7 @@ from torch import nn
 from hf_geta.checkpoint.layers import PackedLayer
 from hf_geta.graph.axes import AxisNode, find, is_frozen, leaves, reasons
 from hf_geta.graph.bypassed import bypassed_modules
-from hf_geta.graph.capture import TRACING_ERRORS, capture, structural_copy
+from hf_geta.graph.capture import TRACING_ERRORS, Capture, capture, structural_copy
 from hf_geta.graph.folding import fold_names
 from hf_geta.graph.integers import substitute
 from hf_geta.graph.qadg import QADG, Axis, Frozen, Member, Operation
@@ -61,6 +61,20 @@ def build_qadg(
     captured = capture(model, inputs)
     walk = Walk(captured).run()
     space = SearchSpace(walk, model, optional)
+    qadg = _assembled(captured, walk, space, model, bypassed_modules(model, inputs))
+    if verify is not False:
+        batches = [inputs, *other_inputs(inputs)] if captured.is_concrete else [inputs]
+        on_weights = captured.is_concrete or bool(optional) or (_is_cheap(model, qadg) if verify is None else verify)
+        for batch in batches:
+            qadg = _tried(model, batch, qadg, on_weights, inputs)
+    logger.info("%s: %s", type(model).__name__, qadg)
+    if missing := explain_missing_rules(qadg):
+        logger.warning("%s", missing)
+    return qadg
+
+
+def _assembled(captured: Capture, walk: Walk, space: SearchSpace, model: nn.Module, bypassed: tuple[str, ...]) -> QADG:
+    """What was found, in the names of the model's tensors and of its axes."""
     names = {leaf: name for leaf, (name, _) in space.free.items()}
     axes = [
         Axis(name, kind, leaf.size, tuple(Member(slot.tensor, slot.dim, slot.indices) for slot in space.slots[leaf]))
@@ -80,23 +94,14 @@ def build_qadg(
         for one in walk.axes.contractions
         for operation in _operations(one, names)
     ]
-    qadg = QADG(
+    return QADG(
         tuple(axes),
         _frozen(space),
         tuple(operations),
         tuple(equations),
         captured.attributes,
-        bypassed=bypassed_modules(model, inputs),
+        bypassed=bypassed,
     )
-    if verify is not False:
-        batches = [inputs, *other_inputs(inputs)] if captured.is_concrete else [inputs]
-        on_weights = captured.is_concrete or bool(optional) or (_is_cheap(model, qadg) if verify is None else verify)
-        for batch in batches:
-            qadg = _tried(model, batch, qadg, on_weights, inputs)
-    logger.info("%s: %s", type(model).__name__, qadg)
-    if missing := explain_missing_rules(qadg):
-        logger.warning("%s", missing)
-    return qadg
 
 
 def _tried(model: nn.Module, inputs: Mapping[str, Any], qadg: QADG, on_weights: bool, given: Mapping[str, Any]) -> QADG:

@@ -200,7 +200,7 @@ def plain_copy(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]
     forget_autocast_(twin)
     for part in twin.modules():
         if isinstance(part, PreTrainedModel) and part.config._attn_implementation not in (None, *ATTENTION):
-            with contextlib.suppress(ValueError):  # a model that has no "sdpa"
-                part.set_attn_implementation(ATTENTION[1])
-                part.set_attn_implementation(ATTENTION[0])
+            part.set_attn_implementation("eager")
+            with contextlib.suppress(ValueError):  # some have no other
+                part.set_attn_implementation("sdpa")
     return twin

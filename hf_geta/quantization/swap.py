@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -85,13 +85,25 @@ def quantize_modules_(model: nn.Module, config: GETAConfig, bypassed: Collection
         if config.activation_bits is not None and not isinstance(module, nn.Embedding):
             module.input_quantizer = _input_quantizer(module.weight.device)
         names.append(name)
-    if in_float:
+    _say_what_is_not_called(in_float)
+    _refuse_too_few(model, names, config)
+    check_ties(model)
+    logger.info("quantized %d layers, granularity %s: %s", len(names), config.granularity, ", ".join(names))
+    return names
+
+
+def _say_what_is_not_called(names: Sequence[str]) -> None:
+    if names:
         logger.warning(
             "%d layers (%s) stay in float: the model reads their weights without calling them, and training would not "
             "see them rounded.",
-            len(in_float),
-            ", ".join(sorted({name.rpartition(".")[2] for name in in_float})),
+            len(names),
+            ", ".join(sorted({name.rpartition(".")[2] for name in names})),
         )
+
+
+def _refuse_too_few(model: nn.Module, names: Sequence[str], config: GETAConfig) -> None:
+    """ValueError where no layer was quantized, or experts alone."""
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no layer to quantize: no Linear, Conv2d or Conv1D is left "
@@ -102,9 +114,6 @@ def quantize_modules_(model: nn.Module, config: GETAConfig, bypassed: Collection
             "only experts would be quantized. Where hf_geta is not imported, transformers takes a checkpoint of that "
             "kind for one without experts and draws random ones: let modules_to_not_convert leave another layer."
         )
-    check_ties(model)
-    logger.info("quantized %d layers, granularity %s: %s", len(names), config.granularity, ", ".join(names))
-    return names
 
 
 def check_ties(model: nn.Module) -> None:

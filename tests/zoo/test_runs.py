@@ -11,6 +11,7 @@ from tests.zoo.inputs import make_inputs
 
 CONFIG = GETAConfig(weight_bits=(4, 4), group_sparsity=0.3, initial_bits=8, pruning_periods=2)
 STEPS = 40
+ROUNDING = 1e-4  # of the scale, by sums in another order; weights rounded after training alone moved Mamba by 3e-2
 MODELS = {
     "GroupViTModel": "groupvit",  # writes into what a layer returns
     "MambaForCausalLM": "mamba",  # multiplies by the weight of a layer that it does not call
@@ -41,10 +42,10 @@ def test_the_small_model_computes_what_the_trained_one_does_and_so_does_its_file
         optimizer.step()
         optimizer.zero_grad()
     trained = run(model, inputs)
-    assert distance(dense, trained) > 1e-2
+    assert distance(dense, trained) > 100 * ROUNDING
     small = finalize_model(model)
     set_backend_(small, "reference")
-    assert distance(trained, run(small, inputs)) < 1e-4
+    assert distance(trained, run(small, inputs)) < ROUNDING
     small.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     set_backend_(loaded, "reference")

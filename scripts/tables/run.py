@@ -27,7 +27,6 @@ from hf_geta import GETAConfig, GETATrainer
 from hf_geta.checkpoint.directory import replace_text
 from hf_geta.optim.schedule import Stage
 from hf_geta.quantization.layers import quantized_layers
-from hf_geta.quantization.quantizers import Quantizer
 from hf_geta.report import load_report
 from hf_geta.report.figures import DENSE
 from tables.data import local_folders
@@ -258,12 +257,16 @@ class WidthCheck(TrainerCallback):
             return
         if trainer.qasso is None or trainer.stage < Stage.JOINT:
             return
-        config = trainer.geta_config
-        bounds_of: dict[Quantizer | None, Sequence[int] | None] = {}
-        for layer in quantized_layers(trainer.model).values():
-            bounds_of[layer.weight_quantizer] = config.weight_bits
-            bounds_of[layer.input_quantizer] = config.activation_bits  # layers may share it
-        for quantizer, bounds in bounds_of.items():
-            if quantizer is not None and quantizer.enabled and bounds is not None:
+        layers = quantized_layers(trainer.model).values()
+        quantizers = {q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer)}  # some are shared
+        for quantizer in quantizers:
+            if quantizer is not None and quantizer.enabled:
+                lower, upper = bounds(getattr(trainer.geta_config, quantizer.widths))
                 self.checked += 1
-                self.outside += not bounds[0] - BITS_TOLERANCE <= quantizer.bits.item() <= bounds[-1] + BITS_TOLERANCE
+                self.outside += not lower - BITS_TOLERANCE <= quantizer.bits.item() <= upper + BITS_TOLERANCE
+
+
+def bounds(widths: int | Sequence[int]) -> tuple[int, int]:
+    """The least and the largest width that a field of GETAConfig asks for, whatever a row goes without."""
+    widths = (widths,) if isinstance(widths, int) else widths
+    return min(widths), max(widths)

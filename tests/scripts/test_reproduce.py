@@ -7,6 +7,7 @@ import shutil
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import reproduce
@@ -15,11 +16,14 @@ import yaml
 from tables import identity, markdown, picture, workers
 from tables.data import Images, Split, TrainingImages, prepare_images
 from tables.plan import TABLES, Run, load_plan, merged, table_names
-from tables.run import Folders, _batch_size, _stage_config, _total_steps, execute
+from tables.run import Folders, WidthCheck, _batch_size, _stage_config, _total_steps, execute
 from tables.summary import ranking, summarize, within_points
+from torch import nn
 from write_mnist5k import write_mnist5k
 
 from hf_geta import GETAConfig
+from hf_geta.optim.schedule import Stage
+from hf_geta.quantization.swap import quantize_modules_
 
 WHITE_BOX = {"group_sparsity": 0.3, "weight_bits": [4, 8], "activation_bits": [6, 8]}
 SMOKE = {
@@ -184,6 +188,26 @@ def test_accumulated_batches_make_one_step():
     assert _total_steps(training, examples=95) == 3 * 3  # 10 batches: two steps of 4 and one of 2
     assert _batch_size(training) == 40
     assert _total_steps(training | {"gradient_accumulation_steps": 1}, examples=95) == 30
+
+
+@pytest.mark.parametrize(
+    ("bits", "outside"),
+    [((8, 8, 16), 0), ((4, 8, 16), 0), ((3, 8, 16), 1), ((8, 9, 16), 1), ((8, 8, 8), 1)],  # weight, input, outliers
+)
+def test_a_width_is_held_against_the_bounds_of_its_own_kind(bits, outside):
+    config = GETAConfig(weight_bits=(4, 6, 8), activation_bits=(2, 8), outlier_activation_bits=16, granularity="tensor")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    quantize_modules_(model, config)
+    linear, wide = model
+    wide.input_quantizer.widths = "outlier_activation_bits"
+    wide.weight_quantizer = linear.weight_quantizer  # shared: one width
+    quantizers = (linear.weight_quantizer, linear.input_quantizer, wide.input_quantizer)
+    for quantizer, width in zip(quantizers, bits, strict=True):
+        quantizer.set_range_(1.0, width)
+    check = WidthCheck()
+    check.trainer = SimpleNamespace(model=model, geta_config=config, qasso=object(), stage=Stage.JOINT)
+    check.on_log(logs={"loss": 1.0})
+    assert (check.checked, check.outside) == (3, outside)
 
 
 # -- summaries --------------------------------------------------------------------------------------------------------

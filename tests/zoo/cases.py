@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tests.zoo.configs import tiny_config
 from tests.zoo.inputs import make_inputs
 from tests.zoo.law import Record, check_law
 from tests.zoo.special import CLASSES
+from tests.zoo.training import TRAININGS, check_training
 
 # task -> its auto-mapping, in the order in which a class that several of them list gets its task
 TASKS = {
@@ -26,6 +28,11 @@ TASKS = {
         vars(modeling_auto), key=lambda name: (name == "MODEL_MAPPING_NAMES", "PRETRAINING" in name, name)
     )
     if name.startswith("MODEL_") and name.endswith("MAPPING_NAMES")
+}
+LAWS: dict[str, Callable[[PreTrainedModel, Any, Record], Record]] = {
+    "structure": check_law,
+    "training": check_training,
+    "autocast": partial(check_training, training=TRAININGS["autocast"]),
 }
 
 
@@ -76,8 +83,8 @@ def fitting(config: PreTrainedConfig, model_class: Any) -> PreTrainedConfig:
     return config
 
 
-def run_case(case: Case) -> Record:
-    """Hold one case to the law; the record says how far it came and why not further."""
+def run_case(case: Case, law: str = "structure") -> Record:
+    """Hold one case to one of `LAWS`; the record says how far it came and why not further."""
     record = Record(case.model_class, case.model_type, case.task)
     start = time.perf_counter()
     try:
@@ -87,7 +94,7 @@ def run_case(case: Case) -> Record:
             record.stage = "inputs"
             inputs = make_inputs(model)
             record.inputs = list(inputs)
-            check_law(model, inputs, record)
+            LAWS[law](model, inputs, record)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

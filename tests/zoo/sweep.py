@@ -17,8 +17,8 @@ READY = "ready"
 MEMORY = 8 << 30  # bytes of address space of a worker
 
 
-def work(pipe: Connection) -> None:
-    """The life of a worker: cases come in, records go out."""
+def work(pipe: Connection, law: str = "structure") -> None:
+    """The life of a worker: cases come in, records go out; `law` is one of `cases.LAWS`."""
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     import torch
@@ -29,7 +29,7 @@ def work(pipe: Connection) -> None:
 
     pipe.send(READY)
     while (case := pipe.recv()) is not None:
-        pipe.send(run_case(case))
+        pipe.send(run_case(case, law))
 
 
 class Worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -167,10 +168,12 @@ def embedding_class(kind: Any, twin: Any) -> Any:
 
 @torch.no_grad()
 def _computes_a_linear_map(module: Any) -> bool:
-    """Tried on two rows; with tensors beside weight and bias, or none to try it on, the answer is no."""
-    if module._buffers or module._modules or set(module._parameters) - {"weight", "bias"} or module.weight.is_meta:
+    """Tried on two rows; with tensors beside weight and bias the answer is no."""
+    if module._buffers or module._modules or set(module._parameters) - {"weight", "bias"}:
         return False
-    x = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(module.weight)
+    if module.weight.is_meta:
+        module = _with_numbers(module)
+    x = torch.linspace(-1, 1, 2 * module.in_features, device=module.weight.device).view(2, -1).to(module.weight.dtype)
     expected = nn.functional.linear(x, module.weight, module.bias)
     try:
         y = module(x)
@@ -178,6 +181,19 @@ def _computes_a_linear_map(module: Any) -> bool:
         return False
     is_alike = isinstance(y, torch.Tensor) and y.shape == expected.shape  # a router returns more
     return is_alike and torch.allclose(y, expected, rtol=1e-3, atol=1e-5)
+
+
+def _with_numbers(module: Any, outputs: int = 8) -> Any:
+    """A layer on the meta device with numbers of its own, on the CPU; of few outputs, since models have large ones."""
+
+    def numbers(parameter: torch.Tensor) -> torch.Tensor:
+        few = parameter[:outputs]
+        return torch.linspace(-1, 1, few.numel(), dtype=few.dtype, device="cpu").view(few.shape)
+
+    small = copy.copy(module)
+    small.out_features = min(outputs, module.out_features)
+    small._parameters = {name: None if p is None else numbers(p) for name, p in module._parameters.items()}
+    return small
 
 
 def _input_quantizer(device: torch.device) -> Quantizer:

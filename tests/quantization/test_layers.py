@@ -401,3 +401,11 @@ def test_a_subclass_is_quantized_if_it_computes_a_linear_map_and_is_restored_as_
     assert quantize_modules_(model, GETAConfig(weight_bits=(4, 8))) == ["0"]
     restore_modules_(model)
     assert [type(module) for module in model] == [OwnLinear, ScaledLinear, GroupedLinear]
+
+
+def test_so_it_is_on_the_meta_device_as_plans_have_it():
+    with torch.device("meta"):
+        model = nn.Sequential(OwnLinear(6, 50), ScaledLinear(50, 4), GroupedLinear(4, 6), nn.Linear(6, 2, bias=False))
+    assert quantize_modules_(model, GETAConfig(weight_bits=(4, 8))) == ["0", "3"]
+    assert model[0].weight.is_meta
+    assert model[0].out_features == 50

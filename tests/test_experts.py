@@ -3,7 +3,9 @@
 import pytest
 import torch
 import yaml
+from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
@@ -33,10 +35,12 @@ from hf_geta.export.dense import write_dense
 from hf_geta.measure import float_inputs, measure_compression, output_difference
 from hf_geta.plan.plan import make_plan
 from hf_geta.plan.run import read_run
-from hf_geta.quantization.experts import StackedLinear, split_experts_
+from hf_geta.quantization.experts import StackedLinear, router_names, split_experts_
 from hf_geta.quantization.layers import quantized_layers
+from hf_geta.quantization.swap import quantize_modules_
 from hf_geta.report.check import check_folder
 from tests.checkpoint.numpy_reader import read_weights
+from tests.zoo.configs import tiny_config
 
 SIZES = {
     "vocab_size": 64,
@@ -162,6 +166,26 @@ def test_the_small_model_computes_what_the_masked_one_does_with_fewer_hidden_uni
     assert len(routers[0]) >= 2
     for ours, theirs in zip(*routers, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["afmoe", "dbrx", "hunyuan_v1_moe", "jetmoe", "longcat_flash", "qwen2_moe", "switch_transformers"]
+)
+def test_routers_that_are_linear_layers_stay_in_float(model_type):
+    with torch.device("meta"):
+        model = AutoModel.from_config(tiny_config(model_type))
+    routers = router_names(model)
+    assert all(isinstance(model.get_submodule(name), nn.Linear) for name in routers)
+    assert routers
+    assert not routers & set(quantize_modules_(model, GETAConfig(granularity="channel")))
+
+
+def test_a_gate_is_a_router_beside_experts_only():
+    def mlp(**more):
+        return nn.ModuleDict({"gate": nn.Linear(4, 4), "gate_proj": nn.Linear(4, 4), **more})
+
+    model = nn.ModuleDict({"gated": mlp(), "mixture": mlp(experts=nn.ModuleList([mlp()]))})
+    assert router_names(model) == {"mixture.gate"}
 
 
 def test_a_loaded_model_computes_the_same_with_every_backend_and_saves_the_same_bytes(models, tmp_path):

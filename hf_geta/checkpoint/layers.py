@@ -1,4 +1,4 @@
-"""Layers that run from packed weights: PackedLinear, PackedConv2d, PackedConv1D.
+"""Layers that run from packed weights: linear layers, convolutions, and the Conv1D of GPT-2.
 
 How a layer computes is its backend (`set_backend_`): from the decoded float weight, which is the reference, or in
 integers, where the layer and the hardware allow it.
@@ -156,6 +156,20 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override]  # `weight
     """nn.Linear from a packed weight; dense shape (out, in)."""
 
     takes_blocks = True
+
+
+class PackedConv1d(PackedLayer, nn.Conv1d):  # type: ignore[override]
+    """nn.Conv1d from a packed weight; dense shape (out, in / groups, length)."""
+
+    def _is_matrix_product(self) -> bool:
+        return False
+
+
+class PackedConv3d(PackedLayer, nn.Conv3d):  # type: ignore[override]
+    """nn.Conv3d from a packed weight; dense shape (out, in / groups, depth, height, width)."""
+
+    def _is_matrix_product(self) -> bool:
+        return False
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override]

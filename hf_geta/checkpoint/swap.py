@@ -10,13 +10,15 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_geta.checkpoint.embeddings import PackedEmbedding
 from hf_geta.checkpoint.experts import PackedStackedLinear
-from hf_geta.checkpoint.layers import PackedConv1D, PackedConv2d, PackedLayer, PackedLinear
+from hf_geta.checkpoint.layers import PackedConv1D, PackedConv1d, PackedConv2d, PackedConv3d, PackedLayer, PackedLinear
 from hf_geta.checkpoint.manifest import LayerManifest
 from hf_geta.quantization.experts import StackedLinear
 
 PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
     nn.Linear: PackedLinear,
+    nn.Conv1d: PackedConv1d,
     nn.Conv2d: PackedConv2d,
+    nn.Conv3d: PackedConv3d,
     Conv1D: PackedConv1D,
     nn.Embedding: PackedEmbedding,
     StackedLinear: PackedStackedLinear,

@@ -61,6 +61,21 @@ class StackedLinear(nn.Module):
         return f"shape={tuple(self.weight.shape)}, is_transposed={self.is_transposed}"
 
 
+def router_names(model: nn.Module) -> set[str]:
+    """Linear layers that choose experts, or weigh a shared one: few weights, which a rounding would let choose others.
+
+    They are known by their names: within a "router", or a "gate" beside "experts".
+    """
+    names = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        parts = name.split(".") if isinstance(module, nn.Linear) else ()
+        for place, part in enumerate(parts):
+            is_gate = part == "gate" or part.endswith("expert_gate")
+            if part == "router" or (is_gate and hasattr(model.get_submodule(".".join(parts[:place])), "experts")):
+                names.add(name)
+    return names
+
+
 def split_experts_(model: nn.Module, skipped: Collection[str] = ()) -> None:
     """Make layers of the stacked weights of experts, in place; a layer has the name that the parameter had.
 

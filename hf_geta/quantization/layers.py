@@ -1,4 +1,4 @@
-"""Linear, Conv2d, Conv1D and Embedding layers that round their weight and input."""
+"""Linear, Conv1D, convolution and Embedding layers that round their weight and input."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta.quantization.experts import StackedLinear
 from hf_geta.quantization.functional import fake_quantize
 from hf_geta.quantization.kernels import Grid
-from hf_geta.quantization.products import Conv2dProduct, LinearProduct, Product, quantized_product
+from hf_geta.quantization.products import ConvProduct, LinearProduct, Product, quantized_product
 from hf_geta.quantization.quantizers import Quantizer
 
 
@@ -98,15 +99,15 @@ class QuantConv1D(QuantizedLayer, Conv1D):
         return features[:, None]
 
 
-class QuantConv2d(QuantizedLayer, nn.Conv2d):
-    """`nn.Conv2d` with quantized weight (out, in / groups, kernel, kernel) and input ([batch,] in, height, width)."""
+class QuantConv(QuantizedLayer, _ConvNd):
+    """What convolutions share: weight (out, in / groups, *kernel) and input ([batch,] in, *space)."""
 
-    feature_dim = -3
+    _conv_forward: Any
 
     def _product(self, x: Tensor) -> Product | None:
-        if isinstance(self.padding, str) or self.padding_mode != "zeros" or x.dim() != 4:
+        if isinstance(self.padding, str) or self.padding_mode != "zeros" or x.dim() != self.weight.dim():
             return None
-        return Conv2dProduct(self.stride, self.padding, self.dilation, self.groups)
+        return ConvProduct(self.stride, self.padding, self.dilation, self.groups)
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._conv_forward(x, weight, self.bias)
@@ -116,8 +117,26 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return self.weight.shape[1] * self.groups
 
     def spread_over_weight(self, features: Tensor) -> Tensor:
-        per_group = features.view(self.groups, -1)
-        return per_group.repeat_interleave(self.weight.shape[0] // self.groups, 0)[..., None, None]
+        per_group = features.view(self.groups, -1).repeat_interleave(self.weight.shape[0] // self.groups, 0)
+        return per_group.view(*per_group.shape, *[1] * (self.weight.dim() - 2))
+
+
+class QuantConv1d(QuantConv, nn.Conv1d):
+    """`nn.Conv1d` with quantized weight (out, in / groups, kernel) and input ([batch,] in, length)."""
+
+    feature_dim = -2
+
+
+class QuantConv2d(QuantConv, nn.Conv2d):
+    """`nn.Conv2d` with quantized weight (out, in / groups, kernel, kernel) and input ([batch,] in, height, width)."""
+
+    feature_dim = -3
+
+
+class QuantConv3d(QuantConv, nn.Conv3d):
+    """`nn.Conv3d` with quantized weight (out, in / groups, *kernel) and input ([batch,] in, depth, height, width)."""
+
+    feature_dim = -4
 
 
 class QuantEmbedding(QuantizedLayer, nn.Embedding):

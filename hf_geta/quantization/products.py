@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from hf_geta.quantization import kernels
 from hf_geta.quantization.kernels import Grid
 
+CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by the dimensions of space
 WEIGHT_COST = 6  # what an entry of a weight, which has an exponent, takes to round, over one of an input
 
 
@@ -52,8 +53,8 @@ class LinearProduct:
         return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
-class Conv2dProduct:
-    """The convolution of x (batch, in, height, width) with weight (out, in / groups, kernel, kernel), zeros outside."""
+class ConvProduct:
+    """The convolution of x (batch, in, *space) with weight (out, in / groups, *kernel), zeros outside."""
 
     def __init__(
         self, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
@@ -61,7 +62,7 @@ class Conv2dProduct:
         self.options = (stride, padding, dilation, groups)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, *self.options)
+        return CONVOLUTIONS[x.dim() - 2](x, weight, bias, *self.options)
 
     def grad_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return self._backward(grad, x, weight, 0)
@@ -70,13 +71,13 @@ class Conv2dProduct:
         return self._backward(grad, x, weight, 1)
 
     def grad_bias(self, grad: Tensor) -> Tensor:
-        return grad.sum((0, 2, 3))
+        return grad.sum([dim for dim in range(grad.dim()) if dim != 1])
 
     def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
         stride, padding, dilation, groups = self.options
-        mask = [which == 0, which == 1, False]
+        mask, output_padding = [which == 0, which == 1, False], [0] * len(stride)
         return torch.ops.aten.convolution_backward(
-            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+            grad, x, weight, None, stride, padding, dilation, False, output_padding, groups, mask
         )[which]
 
 

@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_geta.config import GETAConfig
 from hf_geta.quantization.blocks import Blocks
-from hf_geta.quantization.experts import StackedLinear, join_experts_, stacked_parameters
+from hf_geta.quantization.experts import StackedLinear, join_experts_, router_names, stacked_parameters
 from hf_geta.quantization.layers import (
     QuantConv1D,
+    QuantConv1d,
     QuantConv2d,
+    QuantConv3d,
     QuantEmbedding,
     QuantizedLayer,
     QuantLinear,
@@ -28,19 +31,22 @@ from hf_geta.quantization.layers import (
     quantized_layers,
 )
 from hf_geta.quantization.quantizers import Quantizer
+from hf_geta.quantization.unrounded import say_what_has_no_quantizer, say_what_is_not_called
 
 logger = logging.getLogger(__name__)
 
 QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantLinear,
+    nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
     Conv1D: QuantConv1D,
     StackedLinear: QuantStackedLinear,
 }
 
 
 def quantize_modules_(model: nn.Module, config: GETAConfig, bypassed: Collection[str] = ()) -> list[str]:
-    """Turns Linear, Conv2d and Conv1D layers into quantized ones, in place; returns their module names.
+    """Turns linear layers, convolutions and GPT-2's Conv1D into quantized ones, in place; returns their module names.
 
     With `config.quantize_embeddings`, also the input and output embeddings, and whatever is tied to them. A config that
     names no granularity has the usual one of such a model (`settled`).
@@ -48,7 +54,8 @@ def quantize_modules_(model: nn.Module, config: GETAConfig, bypassed: Collection
     Weights start at `config.initial_bits` over their own range; inputs (with `config.activation_bits`) stay in float
     until `calibrate_`. Parameter objects are kept, so ties survive; layers that share a weight share its quantizer.
     Kept in float are the modules that `config.modules_to_not_convert` names (by a run of dotted components: "fc1",
-    "encoder.layer.0") or, if it is None, the output embeddings and every layer whose weight another module uses too.
+    "encoder.layer.0") or, if it is None, the output embeddings and every layer whose weight another module uses too;
+    and the routers of experts.
 
     Args:
         bypassed: names of modules whose weight the model reads without calling them (`QADG.bypassed`). Training would
@@ -60,7 +67,7 @@ def quantize_modules_(model: nn.Module, config: GETAConfig, bypassed: Collection
     """
     config = settled(config, model)
     embeddings = set() if config.quantize_embeddings is None else _embedding_weights(model)
-    skipped = _skipped_names(model, config.modules_to_not_convert, embeddings)
+    skipped = _skipped_names(model, config.modules_to_not_convert, embeddings) | router_names(model)
     quantizers: dict[tuple[int, int], Quantizer] = {}
     names, in_float = [], []  # in_float: those that would be quantized, if they were called
     for name, module in list(model.named_modules()):
@@ -86,28 +93,19 @@ def quantize_modules_(model: nn.Module, config: GETAConfig, bypassed: Collection
         if config.activation_bits is not None and not isinstance(module, nn.Embedding):
             module.input_quantizer = _input_quantizer(module.weight.device)
         names.append(name)
-    _say_what_is_not_called(in_float)
+    say_what_is_not_called(in_float)
+    say_what_has_no_quantizer(model, {*skipped, *in_float})
     _refuse_too_few(model, names, config)
     check_ties(model)
     logger.info("quantized %d layers, granularity %s: %s", len(names), config.granularity, ", ".join(names))
     return names
 
 
-def _say_what_is_not_called(names: Sequence[str]) -> None:
-    if names:
-        logger.warning(
-            "%d layers (%s) stay in float: the model reads their weights without calling them, and training would not "
-            "see them rounded.",
-            len(names),
-            ", ".join(sorted({name.rpartition(".")[2] for name in names})),
-        )
-
-
 def _refuse_too_few(model: nn.Module, names: Sequence[str], config: GETAConfig) -> None:
     """ValueError where no layer was quantized, or experts alone."""
     if not names:
         raise ValueError(
-            f"{type(model).__name__} has no layer to quantize: no Linear, Conv2d or Conv1D is left "
+            f"{type(model).__name__} has no layer to quantize: no linear layer or convolution is left "
             f"with modules_to_not_convert={config.modules_to_not_convert}; shorten that list, or check the model."
         )
     if all(isinstance(model.get_submodule(name), StackedLinear) for name in names):
@@ -146,18 +144,34 @@ def restore_modules_(model: nn.Module) -> None:
 def _quantized_class(module: nn.Module, is_embedding: bool) -> type[QuantizedLayer] | None:
     """What a layer turns into; a subclass of Linear, such as Falcon's, if its own forward computes what Linear's does.
 
-    Subclasses without a forward of their own are marks, such as torch's for layers whose weight is used elsewhere.
+    Subclasses of Linear without a forward of their own are marks, such as torch's for layers whose weight is used
+    elsewhere; those of convolutions, such as EfficientNet's, are written for their sizes.
     """
     if isinstance(module, nn.Embedding):
         if not is_embedding or module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
             return None
         kind: Any = type(module)
         return embedding_class(kind, QuantEmbedding)
+    if module._parameters.get("weight") is None:  # made anew from others in every forward, as by weight_norm
+        return None
+    if isinstance(module, _ConvNd):
+        kind = next((kind for kind in QUANTIZED_CLASSES if isinstance(module, kind)), None)
+        return QUANTIZED_CLASSES[kind] if kind is not None and _is_plain_convolution(module, kind) else None
     if type(module) in QUANTIZED_CLASSES:
         return QUANTIZED_CLASSES[type(module)]
     is_linear = isinstance(module, nn.Linear) and not isinstance(module, QuantizedLayer)
     has_own = is_linear and type(module).forward is not nn.Linear.forward
     return QuantLinear if has_own and _computes_a_linear_map(module) else None
+
+
+def _is_plain_convolution(module: Any, kind: Any) -> bool:
+    """Whether it computes what its kind does; but not a depthwise one over a sequence.
+
+    That has a few numbers per channel, and the fused kernels of state-space models read them without calling it.
+    """
+    own = type(module)
+    is_plain = own.forward is kind.forward and own._conv_forward is kind._conv_forward
+    return is_plain and not (kind is nn.Conv1d and 1 < module.groups == module.in_channels)
 
 
 @functools.cache

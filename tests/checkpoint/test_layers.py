@@ -7,7 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
-from hf_geta.checkpoint.layers import PackedConv1D, PackedConv2d, PackedLinear
+from hf_geta.checkpoint.layers import PackedConv1D, PackedConv1d, PackedConv2d, PackedConv3d, PackedLinear
 from hf_geta.checkpoint.pack import pack_layer
 from hf_geta.config import GETAConfig
 from hf_geta.quantization.layers import quantized_layers
@@ -19,6 +19,8 @@ LAYERS = {
     "linear without bias": (lambda: nn.Linear(37, 5, bias=False), (2, 3, 37), PackedLinear),
     "conv": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 6, 6), PackedConv2d),
     "conv, reflected": (lambda: nn.Conv2d(3, 6, 3, padding="same", padding_mode="reflect"), (1, 3, 5, 5), PackedConv2d),
+    "conv over a sequence": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9), PackedConv1d),
+    "conv over a video": (lambda: nn.Conv3d(2, 6, (2, 3, 3)), (2, 2, 3, 5, 4), PackedConv3d),
     "conv1d": (lambda: Conv1D(5, 37), (2, 3, 37), PackedConv1D),
 }
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 import math
 import pickle
 
@@ -43,6 +44,8 @@ LAYERS = {
     "conv2d_same": (lambda: nn.Conv2d(4, 6, 3, padding="same"), (2, 4, 7, 6)),
     "conv2d_reflect": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 7, 6)),
     "conv2d_without_batch": (lambda: nn.Conv2d(4, 6, 3), (4, 7, 6)),
+    "conv_over_a_sequence": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 9)),
+    "conv_over_a_video": (lambda: nn.Conv3d(4, 6, (2, 3, 3), padding=(0, 1, 1)), (2, 4, 3, 5, 4)),
 }
 
 
@@ -387,6 +390,46 @@ class ScaledLinear(nn.Linear):
 class OwnLinear(nn.Linear):
     def forward(self, x):
         return x @ self.weight.T + self.bias
+
+
+class ConvOfItsSizes(nn.Conv2d):
+    """As EfficientNet's depthwise ones: no forward of its own."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, groups=channels)
+
+
+class StandardizedConv(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+
+
+def test_every_convolution_that_computes_what_its_kind_does_is_quantized():
+    model = nn.Sequential(
+        nn.Conv1d(4, 4, 3),
+        nn.Conv1d(4, 4, 3, groups=4),  # fused kernels of state-space models read it
+        nn.Conv2d(4, 4, 3),
+        nn.Conv3d(4, 4, 3),
+        ConvOfItsSizes(4),
+        StandardizedConv(4, 4, 3),
+        nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)),
+    )
+    kinds = [type(module) for module in model]
+    assert quantize_modules_(model, GETAConfig()) == ["0", "2", "3", "4"]
+    restore_modules_(model)
+    assert [type(module) for module in model] == kinds
+
+
+def test_what_has_no_quantized_form_is_said_where_it_is_much_of_the_model(caplog):
+    model = nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 8), nn.Embedding(9, 8), nn.Linear(8, 8))
+    with caplog.at_level(logging.WARNING):
+        quantize_modules_(model, GETAConfig(modules_to_not_convert=("1",)))
+        assert not caplog.messages
+        restore_modules_(model)
+        quantize_modules_(model, GETAConfig(modules_to_not_convert=("3",)))
+    (text,) = caplog.messages  # the embedding and what was named are not in it
+    assert text.startswith("64 % of the parameters stay in float")  # 512 of 792, and the numbers of two quantizers
+    assert text.endswith(": 1.weight_ih_l0, 1.weight_hh_l0.")
 
 
 class GroupedLinear(nn.Linear):

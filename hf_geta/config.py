@@ -17,6 +17,7 @@ from hf_geta.config_checks import (
     MAX_BITS,
     MIN_BITS,
     USUAL_BLOCK_SIZE,
+    Share,
     Width,
     check_config,
     is_none,
@@ -47,7 +48,7 @@ class GETAConfig:
         ValueError: for a value outside its domain; the message names the value and the way out.
     """
 
-    group_sparsity: float | None = dataclasses.field(
+    group_sparsity: Share | None = dataclasses.field(
         default=None,
         metadata={
             "help": "Share of all pruning groups that the run removes, in [0, 1); 0.5 if nothing is written. With a "
@@ -76,7 +77,7 @@ class GETAConfig:
     discrete_bits: bool = dataclasses.field(
         default=False, metadata={"help": "Two numbers of bits are a set of allowed widths too, not a range."}
     )
-    target_bops: float | None = dataclasses.field(
+    target_bops: Share | None = dataclasses.field(
         default=None,
         metadata={"help": "Budget: bit operations of the compressed model over those of the dense one, in (0, 1)."},
     )
@@ -196,7 +197,7 @@ class GETAConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in (*WIDTHS, "granularity", "target_size"):
+        for name in (*WIDTHS, "group_sparsity", "target_bops", "target_size", "granularity"):
             if is_none(getattr(self, name)):
                 object.__setattr__(self, name, None)
         for name in (

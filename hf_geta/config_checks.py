@@ -75,16 +75,24 @@ def is_none(value: Any) -> bool:
 
 if TYPE_CHECKING:
     Width = int
+    Share = float
 else:
 
     class Width:
         """The type that HfArgumentParser finds on a field that holds widths: it makes an int of a flag, or None."""
 
-        def __new__(cls, text: str) -> int | None:
+        number, in_words = int, "a whole number"
+
+        def __new__(cls, text: str) -> float | None:
             try:
-                return None if is_none(text) else int(text)
+                return None if is_none(text) else cls.number(text)
             except ValueError:
-                raise argparse.ArgumentTypeError(f"{text!r}: write a whole number, or none.") from None
+                raise argparse.ArgumentTypeError(f"{text!r}: write {cls.in_words}, or none.") from None
+
+    class Share(Width):
+        """The same for a field that holds a share: it makes a float of a flag, or None."""
+
+        number, in_words = float, "a number"
 
 
 def parse_bytes(text: str) -> int:

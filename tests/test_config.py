@@ -127,12 +127,20 @@ def test_every_form_gives_the_same_config(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["none", "None", "null"])
-@pytest.mark.parametrize("name", [*WIDTHS, "granularity", "target_size"])
+@pytest.mark.parametrize("name", [*WIDTHS, "granularity", "target_bops", "target_size"])
 def test_what_may_be_absent_is_none_in_a_file_and_on_a_command_line(name, text, tmp_path):
     (tmp_path / "run.yaml").write_text(f"{name}: {text}")
     assert getattr(GETAConfig.from_file(tmp_path / "run.yaml"), name) is None
     (parsed,) = HfArgumentParser(GETAConfig).parse_args_into_dataclasses([f"--{name}", text])
     assert getattr(parsed, name) is None
+
+
+def test_a_flag_lifts_the_share_or_the_budget_of_a_file():
+    flags = "--group_sparsity none --target_bops none --target_size 4MB"
+    (parsed,) = HfArgumentParser(GETAConfig).parse_args_into_dataclasses(flags.split())
+    assert parsed == GETAConfig(target_size="4MB")
+    with pytest.raises(SystemExit):
+        HfArgumentParser(GETAConfig).parse_args_into_dataclasses(["--target_bops", "4MB"])
 
 
 def test_a_config_cannot_change():

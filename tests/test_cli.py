@@ -169,6 +169,14 @@ def test_verify_says_that_a_compressed_folder_is_what_it_says(compressed, capsys
     assert "evaluate" not in out  # nothing that was measured is claimed
 
 
+def test_verify_says_what_it_cannot_check_without_a_report(compressed, capsys):
+    (compressed / "geta_report.json").unlink()  # as save_pretrained leaves it, with a training loop of one's own
+    status, out, _ = run(capsys, "verify", compressed)
+    assert status == 0
+    assert "Everything" not in out
+    assert "hashes, widths and figures were not checked" in out.splitlines()[-1]
+
+
 def test_verify_names_what_is_wrong_with_a_compressed_folder(compressed, capsys):
     with (compressed / "config.json").open("a") as file:
         file.write("\n")

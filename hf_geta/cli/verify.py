@@ -45,7 +45,8 @@ def verify(options: argparse.Namespace) -> int:
 
 def _verify_compressed(source: str, evaluate: Sequence[str] | None) -> int:
     from hf_geta.report.check import check_folder
-    from hf_geta.report.folder import read_folder
+    from hf_geta.report.files import REPORT_NAME
+    from hf_geta.report.folder import read_folder, read_report
     from hf_geta.report.terminal import claims, evaluation_command
 
     if not Path(source).is_dir():
@@ -61,7 +62,10 @@ def _verify_compressed(source: str, evaluate: Sequence[str] | None) -> int:
         failed += subprocess.run([sys.executable, evaluate[0], source, *evaluate[1:]]).returncode != 0
     elif command := evaluation_command(source, contents):
         print(f"\nclaimed: {claims(contents)}; measure it again with\n    {command}")
-    print(f"\n{failed} of the checks failed." if failed else "\nEverything holds.")
+    end = "Everything holds."
+    if not read_report(source):
+        end = f"The rest holds: no {REPORT_NAME} is here, so hashes, widths and figures were not checked."
+    print(f"\n{failed} of the checks failed." if failed else f"\n{end}")
     return 1 if failed else 0
 
 

@@ -47,6 +47,8 @@ def measure_compression(model: nn.Module, finalized: bool = False) -> Cost:
 def cost_at(model: nn.Module, removed: Mapping[str, Sequence[int]], bits_of: Callable[[Quantizer], float]) -> Cost:
     """What a prepared model costs without the groups in `removed` (axis name -> indices).
 
+    Where these can be zero but not be cut out, as in the ablation without QADG, they cost as before.
+
     Args:
         bits_of: width of a quantizer.
     """
@@ -61,7 +63,7 @@ def cost_at(model: nn.Module, removed: Mapping[str, Sequence[int]], bits_of: Cal
     return measure_cost(
         qadg.operations,
         dense,
-        _kept_numel(model, qadg, removed, dense),
+        _kept_numel(model, qadg, removed, dense) if qadg.can_be_cut else dense,
         {name: bits for name, bits in weight_bits.items() if name in dense},
         {name: bits for name, bits in input_bits.items() if name in measured},
         {axis.name: axis.size for axis in qadg.axes},

@@ -44,7 +44,8 @@ def build_qadg(
         inputs: example inputs by argument name, as `model(**inputs)` takes them. Only their shapes matter, unless the
             forward decides by numbers in tensors.
         verify: run the law, "pruned computes what masked does", on the model's weights (three forwards): True or False,
-            or where that is cheap (None), with shapes alone otherwise. What fails is frozen.
+            or where that is cheap (None), with shapes alone otherwise. What fails is frozen. With `optional` axes, and
+            where the forward decides by numbers in tensors, always on the weights, in float32.
         optional: kinds of axes that are left alone unless they are asked for: "query_head", the queries within each
             key-value group instead of the groups; "head_dim", the size of a layer's heads instead of the heads.
 

@@ -93,7 +93,8 @@ def _circumstances(results: Mapping[str, Any]) -> str:
     form = "**Quick form**, for a CPU: a smaller model, less data or fewer steps. " if results["quick"] else ""
     return (
         f"{form}Measured on {where['date']} on {where['hardware']}; {versions}. Every figure is of the model loaded "
-        "from disk, over all evaluation examples that are named below. All rows of an experiment take the same number of optimizer steps "
+        "from disk, over all evaluation examples that are named below. "
+        "All rows of an experiment take the same number of optimizer steps "
         "from the same start; ± is the standard deviation over seeds. Widths out of range: the share of the widths "
         "that lay outside their bounds at the logged steps from the joint stage on. Time / dense is rough: runs share "
         "the machine with one another and with whatever else it does.\n\n"

@@ -136,6 +136,22 @@ def test_a_set_of_widths_is_a_hull_while_it_trains_and_the_only_widths_at_the_en
     assert {layer["activation_bits"] for layer in layers} <= set(config.allowed_bits("activation_bits"))
 
 
+@pytest.mark.parametrize(("learned", "weight_bits", "input_bits"), [(5.2, 4, 6), (5.6, 4, 6), (6.8, 8, 6)])
+def test_a_learned_width_becomes_the_nearest_of_the_set_at_the_cooldown(learned, weight_bits, input_bits):
+    stages = {"warmup_steps": 1, "projection_steps": 4, "joint_steps": 4}
+    changes = stages | {"weight_bits": [2, 4, 8], "activation_bits": [4, 6, 9]}
+    model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | changes))
+    optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), 12)
+    list(train(model, optimizer, range(9)))
+    bits = torch.full_like(optimizer.widths.bits(), learned)
+    optimizer.widths.project_(bits, bits)
+    list(train(model, optimizer, range(9, 10)))
+    is_weight = weight_rows(optimizer)
+    for rows, expected in ((is_weight, weight_bits), (~is_weight, input_bits)):
+        assert set(optimizer.final_bits[rows].tolist()) == {expected}
+        assert (optimizer.widths.bits()[rows] - expected).abs().max() < BITS_TOLERANCE
+
+
 def test_a_run_stopped_early_ends_with_the_widths_that_its_report_says():
     model = prepared(GETAConfig.from_dict(CONFIG.to_dict() | {"weight_bits": [2, 4, 8], "activation_bits": [4, 8, 16]}))
     optimizer = create_optimizer(model, OPTIMIZERS["adamw"](model.parameters()), TOTAL_STEPS)

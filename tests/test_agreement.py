@@ -1,6 +1,7 @@
 """Rank 0 decides for all: ranks whose sums differ in their last bits would otherwise prune different groups."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_geta import GETAConfig, GETATrainer, create_optimizer, prepare_model
 from hf_geta.agreement import _sendable
+from hf_geta.optim.pricing import Pricing
 
 STEPS, NODES, RANKS = 30, 128, (0, 8, 512, 1023)  # of 1,024 ranks on 128 nodes
 WIDTHS = {"weight_bits": [3, 6], "activation_bits": [4, 8], "pruning_periods": 3, "projection_steps": 5}
@@ -82,6 +84,37 @@ def test_ranks_that_sum_in_another_order_decide_as_rank_0_does(name, monkeypatch
         together.append(decisions(model, rank))
     assert together == [alone[0]] * len(RANKS)
     assert exchange.position == len(exchange.messages) > 0
+
+
+def widths_after_each_step(model, rank):
+    """(steps, quantizers) widths of a run on a rank that sees other noise and learns other step sizes than the rest."""
+    model = copy.deepcopy(model)
+    optimizer = create_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.0), STEPS)
+    draw, widths = torch.Generator().manual_seed(rank), []
+    for step in range(STEPS):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        if isinstance(optimizer.targets, Pricing):
+            optimizer.targets.noise = torch.rand(len(optimizer.weights), generator=draw)
+        if step == optimizer.schedule.first_cooldown_step:
+            lower, upper = optimizer.width_bounds()
+            learned = lower.lerp(upper, torch.rand(len(lower), generator=draw))
+            optimizer.widths.project_(learned, learned)
+        optimizer.step()
+        widths.append(optimizer.widths.bits())
+    return torch.stack(widths)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_ranks_that_learned_other_widths_train_with_those_of_rank_0(name, monkeypatch):
+    model, exchange = prepared(dataclasses.replace(TARGETS[name], group_sparsity=0)), Exchange()
+    alone = [widths_after_each_step(model, rank) for rank in range(2)]
+    assert not torch.equal(alone[0][-1], alone[1][-1])  # or there is nothing to agree about
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "broadcast", exchange.broadcast)
+    for rank in range(2):
+        exchange.start(rank)
+        assert torch.equal(widths_after_each_step(model, rank), alone[0])
 
 
 def test_processes_that_trainer_does_not_know_of_are_refused(tmp_path):

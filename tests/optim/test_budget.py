@@ -19,6 +19,9 @@ def layer(coefficient, weight, own=None, before=None, size=8, before_size=8):
     return CostTerm(coefficient, dims, (weight,))
 
 
+WIDTHS = ((2, 3, 4, 5, 6, 7, 8), (2, 4, 8), (4,))
+
+
 @st.composite
 def problems(draw):
     """A chain of layers with an axis between every two, random costs and rises, and a target that can be reached."""
@@ -42,7 +45,7 @@ def problems(draw):
     for axis in range(axes):
         order = sorted(range(axis * size, (axis + 1) * size), key=rises.__getitem__)
         blocks.append([[group] for group in order[:-1]])  # one group stays
-    widths = [draw(st.sampled_from([(2, 3, 4, 5, 6, 7, 8), (2, 4, 8), (4,)])) for _ in range(layers)]
+    widths = [draw(st.sampled_from(WIDTHS)) for _ in range(layers)]
     choices = Choices(blocks, [0] * axes, widths, most_removed=axes * (size - 1))
     budget = Budget(tuple(terms), 0.0, 0.0)
     most = budget.cost([0] * axes, [w[-1] for w in widths])
@@ -130,11 +133,21 @@ def test_a_layer_that_was_forced_to_lose_channels_keeps_more_bits():
     assert forced.bits[0] > free.bits[0]
 
 
+@pytest.mark.parametrize("target", [5.5, 7.0, 8.5])
+def test_of_two_layers_alike_the_one_that_was_forced_to_lose_channels_has_more_bits(target):
+    """A cheaper model has room for bits in every layer; the trade-off is between this layer and another."""
+    terms = (layer(1.0, 0, own=0), layer(1.0, 1, own=1))
+    choices = Choices([[], []], removed=[4, 0], widths=[WIDTHS[0]] * 2, most_removed=4)
+    found = allocate(Budget(terms, 0.0, target), choices, [0.0] * 16, [50.0, 50.0], [True, True])
+    assert found.bits[0] > found.bits[1]
+
+
 def test_a_layer_that_was_forced_to_few_bits_keeps_more_channels():
     free = two_layers(5.0)
     forced = two_layers(5.0, widths=(2,))
     count = [sum(group < 8 for group in found.groups) for found in (free, forced)]
     assert count[1] < count[0]
+    assert count[1] < len(forced.groups) - count[1]  # of its own fewer go than of the other layer's
 
 
 def test_nothing_moves_inside_the_budget():

@@ -23,7 +23,7 @@ WIDTHS = ((2, 3, 4, 5, 6, 7, 8), (2, 4, 8), (4,))
 
 
 @st.composite
-def problems(draw):
+def problems(draw, allowed=WIDTHS):
     """A chain of layers with an axis between every two, random costs and rises, and a target that can be reached."""
     layers = draw(st.integers(1, 4))
     size = draw(st.integers(2, 6))
@@ -45,7 +45,7 @@ def problems(draw):
     for axis in range(axes):
         order = sorted(range(axis * size, (axis + 1) * size), key=rises.__getitem__)
         blocks.append([[group] for group in order[:-1]])  # one group stays
-    widths = [draw(st.sampled_from(WIDTHS)) for _ in range(layers)]
+    widths = [draw(st.sampled_from(allowed)) for _ in range(layers)]
     choices = Choices(blocks, [0] * axes, widths, most_removed=axes * (size - 1))
     budget = Budget(tuple(terms), 0.0, 0.0)
     most = budget.cost([0] * axes, [w[-1] for w in widths])
@@ -75,6 +75,17 @@ def test_the_budget_holds_within_one_move(problem):
     for axis, blocks in enumerate(choices.blocks):  # the least salient of an axis go first
         chosen = [group for group in found.groups if group // size == axis]
         assert chosen == [group for block in blocks[: len(chosen)] for group in block]
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(allowed=[(4,)]))
+def test_where_no_width_can_be_raised_the_group_that_went_last_could_not_have_stayed(problem):
+    budget, choices, rises, noise, size = problem
+    found = allocate(budget, choices, rises, noise, [True] * len(noise))
+    if found.groups:
+        removed = removed_per_axis(found, choices, size)
+        removed[found.groups[-1] // size] -= 1
+        assert budget.cost(removed, found.bits) > budget.target
 
 
 @settings(max_examples=100, deadline=None)

@@ -128,6 +128,21 @@ def test_the_logs_tell_stage_sparsity_widths_and_bops(finished):
     assert logs[-1]["relative_bops"] < 0.06 < logs[0]["relative_bops"]
 
 
+def test_with_a_budget_the_logs_tell_its_price_and_how_far_it_is(finished, tmp_path):
+    config = GETAConfig.from_dict(CONFIG.to_dict() | {"group_sparsity": None, "target_bops": 0.02, "bit_reduction": 4})
+    trainer = make_trainer(tmp_path, config, max_steps=20, logging_steps=1)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    for log in logs:
+        # widths are read back from float32 logarithms
+        assert config.target_bops * (1 + log["budget_gap"]) == pytest.approx(log["relative_bops"], rel=1e-4)
+        assert (log["price"] > 0) == (log["stage"] > 2)  # the first decision opens the joint stage
+    assert logs[0]["budget_gap"] > 1
+    assert -0.1 < logs[-1]["budget_gap"] <= 1e-6
+    assert logs[-1]["price"] == trainer.qasso.targets.price
+    assert not any({"price", "budget_gap"} & set(log) for log in finished[0].state.log_history)
+
+
 def test_the_saved_model_is_the_model_that_was_trained(finished):
     trainer, folder = finished
     loaded = AutoModelForImageClassification.from_pretrained(folder / "small")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import reproduce
+import tables.run
 import torch
 import yaml
 from tables import identity, markdown, picture, workers
@@ -21,9 +22,10 @@ from tables.summary import ranking, summarize, within_points
 from torch import nn
 from write_mnist5k import write_mnist5k
 
-from hf_geta import GETAConfig
+from hf_geta import GETAConfig, GETATrainer
 from hf_geta.optim.schedule import Stage
 from hf_geta.quantization.swap import quantize_modules_
+from hf_geta.report import load_report
 
 WHITE_BOX = {"group_sparsity": 0.3, "weight_bits": [4, 8], "activation_bits": [6, 8]}
 SMOKE = {
@@ -454,6 +456,86 @@ def test_results_that_cannot_be_written_leave_the_old_ones(smoke, monkeypatch, t
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         f"results.{end}" for end in ("json", "md", "png", "svg")
     ]
+
+
+# -- rows that need another row ---------------------------------------------------------------------------------------
+
+PRUNING = {"weight_bits": None, "activation_bits": None, "target_bops": None}
+STAGES = {"warmup_steps": 1, "projection_steps": 2, "joint_steps": 2}
+RELATED = {
+    "training": {"max_steps": 15},
+    "geta": {**STAGES, "weight_bits": [2, 8], "activation_bits": [4, 8]},
+    "budgets": [0.02],
+    "methods": {
+        "quantization_only": None,
+        "two_stage": {"group_sparsity_of": "geta", "stages": [{"geta": PRUNING}, {"geta": {"group_sparsity": 0}}]},
+        "distillation": {"teacher": "dense"},
+    },
+}
+
+
+class WatchedTrainer(GETATrainer):
+    """Remembers the weights that it was given and those that it saved, with their report."""
+
+    def __init__(self, model, **options):
+        self.given = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        super().__init__(model=model, **options)
+
+    def save_model(self, folder):
+        super().save_model(folder)
+        self.saved, self.report = type(self.model).from_pretrained(folder).state_dict(), load_report(folder)
+
+
+def same_tensors(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def related(smoke, tmp_path_factory):
+    """(folders, figures by method, trainers by method) of a table whose rows need one another, run in this process."""
+    folders = dataclasses.replace(smoke[1], table=tmp_path_factory.mktemp("related"))
+    figures, trainers = {}, {}
+    made = []
+
+    def trainer(**options):
+        made.append(WatchedTrainer(**options))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables.run, "GETATrainer", trainer)
+        for run in plan_of(folders.table, merged(SMOKE, RELATED)).runs:
+            figures[run.settings["method"]] = execute(run, folders, quick=False)["figures"]
+            trainers[run.settings["method"]] = made.copy()
+            made.clear()
+    return folders, figures, trainers
+
+
+def test_two_stages_share_the_steps_and_the_second_begins_where_the_first_ended(related):
+    _, figures, trainers = related
+    assert [len(made) for made in trainers.values()] == [1, 1, 1, 2]
+    for method, made in trainers.items():
+        assert sum(trainer.state.global_step for trainer in made) == figures[method]["steps"] == 15
+    first, second = trainers["two_stage"]
+    assert [first.state.global_step, second.state.global_step] == [7, 8]
+    assert same_tensors(second.given, first.saved)
+
+
+def test_two_stages_remove_as_many_groups_as_the_row_that_they_name_and_meet_the_same_budget(related):
+    _, figures, trainers = related
+    first, second = (trainer.report["compressed"] for trainer in trainers["two_stage"])
+    assert 0 < figures["geta"]["group_sparsity"] == pytest.approx(figures["two_stage"]["group_sparsity"])
+    assert (first["mean_weight_bits"], second["group_sparsity"]) == (32, 0)
+    bops = figures["two_stage"]["relative_bops"]
+    assert bops == pytest.approx(first["relative_bops"] * second["relative_bops"], rel=1e-12)
+    assert max(bops, figures["geta"]["relative_bops"]) <= 0.02 < second["relative_bops"]
+
+
+def test_a_taught_row_follows_the_model_that_the_row_of_its_teacher_left(related):
+    folders, _, trainers = related
+    taught, dense = trainers["distillation"][0], trainers["dense"][0]
+    assert same_tensors(taught.teacher_model.state_dict(), dense.saved)
+    assert [file.name.split("--")[1] for file in (folders.table / "models").iterdir()] == ["dense"]
+    assert all(made[0].teacher_model is None for name, made in trainers.items() if name != "distillation")
 
 
 # -- tasks of text ----------------------------------------------------------------------------------------------------

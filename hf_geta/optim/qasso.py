@@ -204,6 +204,7 @@ class QASSO(OptimizerWrapper):
         bounds = self.width_bounds()
         if self._bounds_move():
             self._move_widths_(*bounds)
+        self.widths.fold_step_size_gradients_(*bounds)
         self.base.step()
         self.widths.project_(*bounds)
 
@@ -232,6 +233,7 @@ class QASSO(OptimizerWrapper):
         self.targets.observe()
         if period.is_first_step:
             self._begin_period(period.index)
+        self.widths.fold_step_size_gradients_(*self.width_bounds())
         if self._entries is None:
             self.base.step()
             self.widths.project_(*self.width_bounds())
@@ -263,7 +265,7 @@ class QASSO(OptimizerWrapper):
             self.targets.observe()
             self.final_bits = agreed(self.targets.final_bits(self.removed))
             self._move_widths_(self.final_bits, self.final_bits, self._kept_inputs())
-        self.widths.fold_step_size_gradients_()
+        self.widths.fold_step_size_gradients_(self.final_bits, self.final_bits)
         self.base.step()
         self.widths.project_(self.final_bits, self.final_bits)
         self._zero_removed()

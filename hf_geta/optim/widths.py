@@ -9,6 +9,8 @@ from torch import Tensor
 
 from hf_geta.quantization.quantizers import Quantizer
 
+AT_BOUND = 1e-4  # of ln d: float32 logarithms
+
 
 def log_levels(bits: Tensor, signed: Tensor) -> Tensor:
     """ln(q_m^t / d) of a width: 2^(b-1) - 1 steps on each side of a signed grid, 2^b - 1 on an unsigned one."""
@@ -106,12 +108,20 @@ class WidthTable:
         """The gradients of ln d, (quantizers,); 0 where there is none."""
         return self._stack(_gradients(self.log_step_sizes))
 
-    def fold_step_size_gradients_(self) -> None:
-        """With widths fixed, ln d = t ln q_m - const: hand d's gradient to q_m and t by the chain rule.
+    def fold_step_size_gradients_(self, lower_bits: Tensor, upper_bits: Tensor) -> None:
+        """Where a step along d's gradient would leave the bounds, ln d = t ln q_m - const: hand it to q_m and t.
 
-        d ln d / d ln q_m = t and d ln d / d ln t = t ln q_m.
+        d ln d / d ln q_m = t and d ln d / d ln t = t ln q_m. Without it such a q_m hears of clipped entries alone, not
+        of the coarser steps that it makes for all others, and grows.
+
+        Args:
+            lower_bits, upper_bits: (quantizers,) in bits; where they are equal, the width is fixed.
         """
-        step_gradient = self.step_size_gradients()
+        step_gradient, log_step_size = self.step_size_gradients(), self.log_step_size()
+        finest, coarsest = self.step_size_bounds(lower_bits, upper_bits)
+        is_outward = (step_gradient > 0) & (log_step_size <= finest + AT_BOUND)
+        is_outward |= (step_gradient < 0) & (log_step_size >= coarsest - AT_BOUND)
+        step_gradient = step_gradient.where(is_outward, 0.0)
         exponent, log_clip_max = self.exponent(), self.log_clip_max()
         _add_gradients_(self.log_clip_maxes, exponent * step_gradient)
         if self.log_exponents:

@@ -57,7 +57,8 @@ def test_what_a_tensor_forgets_depends_on_no_other_tensors_gradient(name, granul
         model.load_state_dict(before[0])
         optimizer.load_state_dict(copy.deepcopy(before[1]))
         for name, parameter in model.named_parameters():
-            parameter.grad = -gradients[name] if name.startswith(reversed_layer) else gradients[name]
+            sign = -1 if name.startswith(reversed_layer) else 1
+            parameter.grad = sign * gradients[name]  # a copy, since the step changes it
         optimizer.step()
         after[reversed_layer] = {name: p.clone() for name, p in model.named_parameters()}
     plain = after.pop("none")

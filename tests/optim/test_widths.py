@@ -1,11 +1,14 @@
 """Widths as vectors: what they are projected onto."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_geta.optim.widths import WidthTable, nearest_allowed
+from hf_geta.quantization.quantizers import Quantizer
 
 allowed_sets = st.sets(st.integers(2, 16), min_size=1).map(sorted)
 
@@ -32,8 +35,30 @@ def test_one_width_is_projected_as_many_are(bits):
     assert nearest_allowed(torch.tensor(bits), (4, 8)).tolist() == nearest_allowed(torch.tensor([bits]), (4, 8)).item()
 
 
+def quantizer_with_gradients(bits, gradient):
+    quantizer = Quantizer()
+    quantizer.set_range_(2.0, bits)
+    for parameter in quantizer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    quantizer.log_step_size.grad.fill_(gradient)
+    return quantizer
+
+
+@pytest.mark.parametrize(
+    ("bits", "gradient", "is_handed_on"),
+    [(8, 1.0, True), (8, -1.0, False), (4, -1.0, True), (4, 1.0, False), (6, 1.0, False), (6, -1.0, False)],
+)
+def test_what_a_step_size_cannot_follow_is_handed_to_its_clip(bits, gradient, is_handed_on):
+    """A descent that makes d finer ends at the upper bound of the width, 8 bits, one that makes it coarser at 4."""
+    quantizer = quantizer_with_gradients(bits, gradient)
+    WidthTable([quantizer]).fold_step_size_gradients_(torch.tensor([4.0]), torch.tensor([8.0]))
+    handed = gradient if is_handed_on else 0.0
+    assert quantizer.log_clip_max.grad == handed  # t = 1
+    assert quantizer.log_exponent.grad == pytest.approx(handed * math.log(2.0))
+
+
 def test_no_quantizers_make_empty_vectors():
     table = WidthTable([])
     table.project_(table.bits(), table.bits())
-    table.fold_step_size_gradients_()
+    table.fold_step_size_gradients_(table.bits(), table.bits())
     assert table.bits().shape == table.exponent().shape == table.log_range().shape == (0,)

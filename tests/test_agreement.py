@@ -95,7 +95,7 @@ def widths_after_each_step(model, rank):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         if isinstance(optimizer.targets, Pricing):
-            optimizer.targets.noise = torch.rand(len(optimizer.weights), generator=draw)
+            optimizer.targets.sensitivity = torch.rand(len(optimizer.weights), generator=draw)
         if step == optimizer.schedule.first_cooldown_step:
             lower, upper = optimizer.width_bounds()
             learned = lower.lerp(upper, torch.rand(len(lower), generator=draw))

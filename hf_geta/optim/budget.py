@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 
@@ -83,17 +83,11 @@ class Allocation:
     price: float
 
 
-def levels(bits: float, signed: bool) -> float:
-    """Steps from zero to the clip: 2^(b-1) - 1, or 2^b - 1 on an unsigned grid."""
-    return 2.0 ** (bits - signed) - 1
-
-
 def allocate(
     budget: Budget,
     choices: Choices,
     group_rises: Sequence[float],
-    noise: Sequence[float],
-    signed: Sequence[bool],
+    width_rises: Sequence[Mapping[int, float]],
 ) -> Allocation:
     """The moves with the least rise of the loss per saved cost, until C <= C* or no move is left.
 
@@ -101,15 +95,13 @@ def allocate(
         budget: the cost model and C*.
         choices: what may move. All widths start at their widest, so that a decision does not depend on earlier ones.
         group_rises: expected rise of the loss per group, by its number; added up over a block.
-        noise: per quantizer, the loss that its rounding costs times `levels`^2: rounding errors scale with the step
-            size, and the loss with their square, so that width b costs noise / levels(b)^2.
-        signed: per quantizer.
+        width_rises: per quantizer and allowed width, the loss that its rounding costs; the narrower, the more.
 
     Returns:
         `Allocation`. What the last move saved beyond the budget goes back into wider widths, as far as it reaches: no
         width can be raised without leaving the budget.
     """
-    state = _State(budget, choices, group_rises, noise, signed)
+    state = _State(budget, choices, group_rises, width_rises)
     # Every move makes the others save less, so a ratio only grows: the one on top, if still right, is the least.
     heap = [(state.ratio(move), move) for move in state.all_moves()]
     heapq.heapify(heap)
@@ -139,10 +131,9 @@ class _State:
         budget: Budget,
         choices: Choices,
         group_rises: Sequence[float],
-        noise: Sequence[float],
-        signed: Sequence[bool],
+        width_rises: Sequence[Mapping[int, float]],
     ) -> None:
-        self.budget, self.choices, self.noise, self.signed = budget, choices, noise, signed
+        self.budget, self.choices, self.width_rises = budget, choices, width_rises
         self.removed, self.bits = list(choices.removed), [widths[-1] for widths in choices.widths]
         self.groups: list[int] = []
         self.room = choices.most_removed - sum(choices.removed)
@@ -234,8 +225,8 @@ class _State:
     def _width_ratio(self, row: int, bits: int) -> float:
         """Change of the loss over change of the cost, if a width becomes `bits`; infinite where the cost stays."""
         saving = self._saving_of_width(row, bits)
-        power = levels(bits, self.signed[row]) ** -2 - levels(self.bits[row], self.signed[row]) ** -2
-        return self.noise[row] * power / saving if saving else math.inf
+        rises = self.width_rises[row]
+        return (rises[bits] - rises[self.bits[row]]) / saving if saving else math.inf
 
     def _saving_of_width(self, row: int, bits: int) -> float:
         before, self.bits[row] = self.bits[row], bits

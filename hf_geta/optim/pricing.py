@@ -6,13 +6,15 @@ effect's mean square (the empirical Fisher information along delta, up to the ba
 
     a group        delta = -x            <g, x>; a group is met where it is made and where it is used, hence half of it
     a width        delta = Q(x) - x      d <g, r>, which is the gradient of ln d: it costs nothing to observe
+
+What was observed at the present width holds for others by how much they err, with the clips that they would have.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +24,9 @@ from hf_geta.config import GETAConfig
 from hf_geta.optim import saliency
 from hf_geta.optim.budget import Allocation, Budget, Choices, allocate
 from hf_geta.optim.lockstep import open_blocks
+from hf_geta.optim.rounding import squared_errors
 from hf_geta.optim.space import PruningSpace
-from hf_geta.optim.widths import WidthTable, log_levels
+from hf_geta.optim.widths import WidthTable
 
 # A group's entries are those that produce it and those that use it: <x, g> over all of them counts it twice.
 GROUP_FACTOR = 0.25
@@ -31,6 +34,8 @@ GROUP_FACTOR = 0.25
 MEMORY = 0.5
 # Surcharges per group, from 2^-10 to 2^10 times the largest rise, that are tried where a cap on groups binds.
 SURCHARGE_DOUBLINGS = 21
+
+Rises = Mapping[int, float]  # width -> what it costs
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +48,14 @@ class Pricing:
             price: groups pay for half of the way (of its logarithm) at full widths, then widths for the rest.
         space: the pruning groups.
         widths: all quantizers.
+        weights: per quantizer the weight that it rounds; None for an input.
         allowed_bits: per quantizer the widths that it may end with, ascending.
         width_sets: quantizers that have one width at every decision.
         budget: the cost model and C*.
 
     Attributes:
         scores: (num_groups,) <x, g>^2, summed over steps; a decision halves it.
-        noise: (quantizers,) squared gradients of ln d times levels^2, likewise.
+        sensitivity: (quantizers,) squared gradients of ln d over d^2, likewise.
         ceilings: (quantizers,) the widths that the last decision left, in bits; upper bounds while the run goes on.
         price: of the last move of the last decision: loss per cost, both as `allocate` counts them; where a cap on
             groups binds, with their surcharge.
@@ -67,11 +73,13 @@ class Pricing:
         config: GETAConfig,
         space: PruningSpace,
         widths: WidthTable,
+        weights: Sequence[Tensor | None],
         allowed_bits: Sequence[Sequence[int]],
         width_sets: Sequence[Sequence[int]],
         budget: Budget,
     ) -> None:
         self.config, self.space, self.widths, self.allowed_bits = config, space, widths, allowed_bits
+        self.weights = weights
         self.budget = budget
         self.first_of = list(range(len(allowed_bits)))  # quantizer -> the one that decides for it
         for rows in width_sets:
@@ -80,10 +88,9 @@ class Pricing:
         share = 1.0 if config.group_sparsity is None else config.group_sparsity
         self.families = space.lockstep(config.min_groups, config.group_divisible)
         self.most_removed = int(share * space.num_groups + 1e-9)  # a cap: never rounded up
-        self.signed = [quantizer.signed for quantizer in widths.quantizers]
         self.scores = torch.zeros(space.num_groups, device=widths.signed.device)
-        self.noise = torch.zeros_like(widths.signed)
-        self.ceilings = torch.full_like(self.noise, float(config.initial_bits))  # none before the first decision
+        self.sensitivity = torch.zeros_like(widths.signed)
+        self.ceilings = torch.full_like(self.sensitivity, float(config.initial_bits))  # none before the first decision
         self.price, self.start = 0.0, self._cost_before()
         self.cost = self.start
         self.least = self._least_cost()
@@ -104,8 +111,8 @@ class Pricing:
         """Add what the present gradients say of groups and widths; no host sync."""
         if self.most_removed:
             self.scores += saliency.observe(saliency.first_order(self.space), ["fisher"])[0]
-        power = torch.exp(2 * log_levels(self.widths.bits(), self.widths.signed))
-        self.noise += (self.widths.step_size_gradients().square() * power).nan_to_num(0.0, 0.0, 0.0)
+        per_step = self.widths.step_size_gradients() * torch.exp(-self.widths.log_step_size())
+        self.sensitivity += per_step.square().nan_to_num(0.0, 0.0, 0.0)
 
     def decide(self, period: int, removed: Tensor) -> Tensor:
         """Flags of the groups to remove in `period`, (num_groups,) bool on the CPU; sets ceilings, price and cost.
@@ -148,19 +155,25 @@ class Pricing:
     def _allocate(self, target: float, removed: Tensor, most_removed: int) -> Tensor:
         removed, rises = removed.cpu(), (GROUP_FACTOR * self.scores.double()).tolist()
         budget = dataclasses.replace(self.budget, target=target)
-        noise = self.noise.double().tolist()
-        rises = self._with_surcharge(rises, noise, removed, most_removed)
-        found = self._solve(budget, rises, noise, removed, most_removed)
+        width_rises = self._width_rises()
+        rises = self._with_surcharge(rises, width_rises, removed, most_removed)
+        found = self._solve(budget, rises, width_rises, removed, most_removed)
         self.ceilings = torch.tensor(found.bits, dtype=torch.float32).to(self.ceilings.device)
         self.price, self.cost = found.price, found.cost
         self.scores *= MEMORY
-        self.noise *= MEMORY
+        self.sensitivity *= MEMORY
         chosen = torch.zeros_like(removed)
         chosen[list(found.groups)] = True
         return chosen
 
+    def _width_rises(self) -> list[Rises]:
+        """Per quantizer and width, what rounding costs."""
+        errors = map(squared_errors, self.widths.quantizers, self.weights, self.allowed_bits)
+        values = self.sensitivity.double().tolist()
+        return [{bits: value * e for bits, e in of_row.items()} for value, of_row in zip(values, errors, strict=True)]
+
     def _with_surcharge(
-        self, rises: list[float], noise: list[float], removed: Tensor, most_removed: int
+        self, rises: list[float], width_rises: Sequence[Rises], removed: Tensor, most_removed: int
     ) -> list[float]:
         """`rises`, plus as much per group as it takes to meet the whole budget with no more groups than may go.
 
@@ -171,13 +184,13 @@ class Pricing:
         surcharge, step = 0.0, max(rises, default=0.0) or 1.0
         for doubling in range(SURCHARGE_DOUBLINGS):
             raised = [rise + surcharge for rise in rises]
-            if self._solve(self.budget, raised, noise, removed, most_removed).cost <= self.budget.target:
+            if self._solve(self.budget, raised, width_rises, removed, most_removed).cost <= self.budget.target:
                 return raised
             surcharge = step * 2.0 ** (doubling - SURCHARGE_DOUBLINGS // 2)
         return raised
 
     def _solve(
-        self, budget: Budget, rises: Sequence[float], noise: Sequence[float], removed: Tensor, most_removed: int
+        self, budget: Budget, rises: Sequence[float], width_rises: Sequence[Rises], removed: Tensor, most_removed: int
     ) -> Allocation:
         choices = Choices(
             blocks=open_blocks(torch.tensor(rises, dtype=torch.float64), removed, self.space.axis_sizes, self.families),
@@ -187,37 +200,37 @@ class Pricing:
             most_removed=most_removed,
         )
         if "joint_rule" not in self.config.without or most_removed == sum(choices.removed):
-            return self._allocate_in_sets(budget, choices, rises, noise)
+            return self._allocate_in_sets(budget, choices, rises, width_rises)
         half = dataclasses.replace(budget, target=(self.start * budget.target) ** 0.5)
         at_full_width = dataclasses.replace(choices, widths=[bits[-1:] for bits in self.allowed_bits])
-        groups = self._allocate_in_sets(half, at_full_width, rises, noise).groups
+        groups = self._allocate_in_sets(half, at_full_width, rises, width_rises).groups
         gone = removed.clone()
         gone[list(groups)] = True
         counts = [int(flags.sum()) for flags in gone.split(self.space.axis_sizes)]
         structure = dataclasses.replace(choices, removed=counts, blocks=[()] * len(self.families))
-        found = dataclasses.replace(self._allocate_in_sets(budget, structure, rises, noise), groups=groups)
+        found = dataclasses.replace(self._allocate_in_sets(budget, structure, rises, width_rises), groups=groups)
         if found.cost <= budget.target:
             return found
         # its half was not enough: a common price after all
-        return self._allocate_in_sets(budget, choices, rises, noise)
+        return self._allocate_in_sets(budget, choices, rises, width_rises)
 
     def _allocate_in_sets(
-        self, budget: Budget, choices: Choices, rises: Sequence[float], noise: Sequence[float]
+        self, budget: Budget, choices: Choices, rises: Sequence[float], width_rises: Sequence[Rises]
     ) -> Allocation:
         """`allocate`, in which a set is one quantizer: a move lowers all its widths, and what it costs adds up."""
         deciding = sorted(set(self.first_of))
         number = {row: position for position, row in enumerate(deciding)}
         column = [number[first] for first in self.first_of]
         terms = [dataclasses.replace(t, quantizers=tuple(column[row] for row in t.quantizers)) for t in budget.terms]
-        together = [0.0] * len(deciding)
-        for position, value in zip(column, noise, strict=True):
-            together[position] += value
+        together = [dict.fromkeys(choices.widths[row], 0.0) for row in deciding]
+        for position, of_widths in zip(column, width_rises, strict=True):
+            for bits in together[position]:
+                together[position][bits] += of_widths[bits]
         found = allocate(
             dataclasses.replace(budget, terms=tuple(terms)),
             dataclasses.replace(choices, widths=[choices.widths[row] for row in deciding]),
             rises,
             together,
-            [self.signed[row] for row in deciding],
         )
         return dataclasses.replace(found, bits=tuple(found.bits[position] for position in column))
 
@@ -228,13 +241,14 @@ class Pricing:
         ones = [1.0] * self.space.num_groups
         none_removed = torch.zeros(self.space.num_groups, dtype=torch.bool)
         goal = dataclasses.replace(self.budget, target=0.0)
-        return self._solve(goal, ones, [1.0] * len(self.signed), none_removed, self.most_removed).cost
+        falling = [{width: 2.0**-width for width in bits} for bits in self.allowed_bits]
+        return self._solve(goal, ones, falling, none_removed, self.most_removed).cost
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {name: getattr(self, name) for name in ("scores", "noise", "ceilings", "price", "cost")}
+        return {name: getattr(self, name) for name in ("scores", "sensitivity", "ceilings", "price", "cost")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         for name, value in state.items():
-            setattr(self, name, value.to(self.noise.device, copy=True) if isinstance(value, Tensor) else value)
+            setattr(self, name, value.to(self.scores.device, copy=True) if isinstance(value, Tensor) else value)

@@ -110,11 +110,11 @@ class QASSO(OptimizerWrapper):
         self.redundant = torch.zeros_like(self.removed)  # being forgotten in the present period
         self.final_bits: Tensor | None = None
         self.targets: Share | Pricing
-        widths = self.widths, self.allowed_bits, self.width_sets
+        allowed = self.allowed_bits, self.width_sets
         if self.budget is None:
-            self.targets = Share(self.config, self.schedule, self.space, *widths)
+            self.targets = Share(self.config, self.schedule, self.space, self.widths, *allowed)
         else:
-            self.targets = Pricing(self.config, self.space, *widths, self.budget)
+            self.targets = Pricing(self.config, self.space, self.widths, self.weights, *allowed, self.budget)
         self._cache_index_sets()
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_geta.agreement import is_distributed, reduce_
+from hf_geta.config_checks import MAX_BITS, MIN_BITS
 from hf_geta.quantization.histogram import MagnitudeHistogram
 from hf_geta.quantization.layers import QuantizedLayer, quantized_layers
 from hf_geta.quantization.quantizers import Quantizer
@@ -59,7 +60,8 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> li
         if name in statistics:
             magnitudes = statistics[name].magnitudes
             layer.input_quantizer.set_range_(magnitudes.clip_max(bits), bits, magnitudes.signed)
-            layer.input_quantizer.log_clips = magnitudes.log_clips()
+            widths = [max(width, MIN_BITS) for width in range(MAX_BITS + 1)]
+            layer.input_quantizer.log_clips, layer.input_quantizer.log_errors = magnitudes.best_clips(widths)
         else:
             layer.input_quantizer = None
             logger.warning("%s: no calibration batch reached this layer; its input stays in float", name)

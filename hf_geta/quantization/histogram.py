@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-
-from hf_geta.config_checks import MAX_BITS, MIN_BITS
 
 OCTAVES, BINS_PER_OCTAVE = 24, 16  # |x| from 2^-24 to 2^24, each bin 4 % wide
 
@@ -37,17 +37,26 @@ class MagnitudeHistogram:
 
         Few huge inputs that carry the function keep the clip high; a thin tail does not. 1 if all numbers are zero.
         """
+        return self._best(bits, self.signed if signed is None else signed)[0]
+
+    def best_clips(self, widths: Sequence[int], signed: bool | None = None) -> tuple[Tensor, Tensor]:
+        """ln `clip_max` of each width, (widths,), and ln of the squared errors there over q_m^2, (widths, 2).
+
+        The errors are sums over what was counted: of all numbers, and of those within q_m.
+        """
         signed = self.signed if signed is None else signed
+        clips, errors = zip(*(self._best(bits, signed) for bits in widths), strict=True)
+        relative = torch.stack(errors) / torch.stack(clips)[:, None] ** 2
+        return torch.stack(clips).log(), relative.clamp(min=torch.finfo(torch.float32).tiny).log()
+
+    def _best(self, bits: float, signed: bool) -> tuple[Tensor, Tensor]:
+        """The q_m of `clip_max`; the sum of squared errors that it leaves, of all numbers and of those within q_m."""
         edges = 2 ** torch.linspace(-OCTAVES, OCTAVES, len(self.counts) + 1, device=self.counts.device)[1:]
         values = edges * 2 ** (-0.5 / BINS_PER_OCTAVE)
         clips = torch.minimum(edges, self.extremes[1])[:, None]  # (clips, 1)
         step_sizes = clips / (2 ** (bits - signed) - 1)
         beyond = (values - clips).clamp(min=0) ** 2
-        within = torch.minimum(values**2, step_sizes**2 / 12)
-        error = torch.where(values > clips, beyond, within) @ self.counts
-        return torch.where(self.extremes[1] > 0, clips[error.argmin(), 0], 1.0)
-
-    def log_clips(self) -> Tensor:
-        """ln `clip_max` by whole width, (MAX_BITS + 1,); below MIN_BITS it is that of MIN_BITS."""
-        clips = [self.clip_max(max(bits, MIN_BITS)) for bits in range(MAX_BITS + 1)]
-        return torch.stack(clips).log()
+        within = torch.minimum(values**2, step_sizes**2 / 12).where(values <= clips, 0.0)
+        inside, error = within @ self.counts, torch.where(values > clips, beyond, within) @ self.counts
+        best = error.argmin()
+        return torch.where(self.extremes[1] > 0, clips[best, 0], 1.0), torch.stack([error[best], inside[best]])

@@ -34,7 +34,9 @@ class Quantizer(nn.Module):
     log_exponent: nn.Parameter | None
     log_channel_scale: nn.Parameter | None
     input_power: Tensor | None  # E[x_j^2] of what a weight is multiplied with, broadcastable to it; from calibration
-    log_clips: Tensor | None  # ln of the least-squares clip by width, (MAX_BITS + 1,); of inputs, from calibration
+    # of inputs, from calibration: `MagnitudeHistogram.best_clips` by width, (MAX_BITS + 1,) and (MAX_BITS + 1, 2)
+    log_clips: Tensor | None
+    log_errors: Tensor | None
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class Quantizer(nn.Module):
             self.register_parameter(name, zeros)
         self.register_buffer("input_power", None)
         self.register_buffer("log_clips", None)
+        self.register_buffer("log_errors", None)
         with torch.no_grad():
             self.set_bits_(16)
 
@@ -118,6 +121,8 @@ class Quantizer(nn.Module):
     def move_clips_(self, weight: Tensor, before: float, after: float, kept: Tensor | None = None) -> None:
         """Scale the clips from those that suit `before` bits to those that suit `after`, block by block if there are.
 
+        What all channels share moves q_m, the rest their scales: so d keeps its unit.
+
         Args:
             weight: what is rounded, whole.
             kept: as in `Blocks.choose_`.
@@ -126,7 +131,9 @@ class Quantizer(nn.Module):
         if self.blocks is not None:
             self.blocks.choose_(weight, after, self.input_power, kept)
         shift = (self.best_clip(weight, after) / old).log()
-        (self.log_clip_max if self.log_channel_scale is None else self.log_channel_scale).add_(shift)
+        self.log_clip_max.add_(shift.mean())
+        if self.log_channel_scale is not None:
+            self.log_channel_scale.add_(shift - shift.mean())
 
     @torch.no_grad()
     def initialize_(self, x: Tensor, bits: float) -> None:

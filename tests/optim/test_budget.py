@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_geta.graph.qadg import Axis, Member, Operation
-from hf_geta.optim.budget import Budget, Choices, CostTerm, allocate, levels
+from hf_geta.optim.budget import Budget, Choices, CostTerm, allocate
 from hf_geta.optim.cost_terms import bops_budget, size_budget
+from hf_geta.optim.rounding import levels
 
 
 def layer(coefficient, weight, own=None, before=None, size=8, before_size=8):
@@ -17,6 +18,11 @@ def layer(coefficient, weight, own=None, before=None, size=8, before_size=8):
     owners = [(own, size), (before, before_size)]
     dims = tuple(((axis, 1 / groups),) for axis, groups in owners if axis is not None)
     return CostTerm(coefficient, dims, (weight,))
+
+
+def width_rises(noise):
+    """Per quantizer and width, where errors go with the square of the step size."""
+    return [{bits: value / levels(bits, True) ** 2 for bits in range(2, 17)} for value in noise]
 
 
 WIDTHS = ((2, 3, 4, 5, 6, 7, 8), (2, 4, 8), (4,))
@@ -62,7 +68,7 @@ def removed_per_axis(found, choices, size):
 @given(problems())
 def test_the_budget_holds_within_one_move(problem):
     budget, choices, rises, noise, size = problem
-    found = allocate(budget, choices, rises, noise, [True] * len(noise))
+    found = allocate(budget, choices, rises, width_rises(noise))
     removed = removed_per_axis(found, choices, size)
     assert found.cost == pytest.approx(budget.cost(removed, found.bits), rel=1e-12)
     assert found.cost <= budget.target * (1 + 1e-12)
@@ -81,7 +87,7 @@ def test_the_budget_holds_within_one_move(problem):
 @given(problems(allowed=[(4,)]))
 def test_where_no_width_can_be_raised_the_group_that_went_last_could_not_have_stayed(problem):
     budget, choices, rises, noise, size = problem
-    found = allocate(budget, choices, rises, noise, [True] * len(noise))
+    found = allocate(budget, choices, rises, width_rises(noise))
     if found.groups:
         removed = removed_per_axis(found, choices, size)
         removed[found.groups[-1] // size] -= 1
@@ -95,7 +101,7 @@ def test_a_larger_budget_never_costs_a_higher_price(problem):
     prices = []
     for factor in (1.0, 1.2, 2.0):
         larger = Budget(budget.terms, 0.0, budget.target * factor)
-        prices.append(allocate(larger, choices, rises, noise, [True] * len(noise)).price)
+        prices.append(allocate(larger, choices, rises, width_rises(noise)).price)
     assert prices == sorted(prices, reverse=True)
 
 
@@ -112,8 +118,7 @@ def test_no_other_widths_of_that_cost_lose_less(layers, share):
         Budget(terms, 0.0, low + share * (high - low)),
         Choices([], [], widths, 0),
         [],
-        noise,
-        [True] * len(layers),
+        width_rises(noise),
     )
 
     def loss(bits):
@@ -135,7 +140,7 @@ def two_layers(target, widths=(2, 3, 4, 5, 6, 7, 8), removable=7, removed=0):
     blocks = [[[g] for g in range(8)][:removable], [[g] for g in range(8, 16)][:7]]
     choices = Choices(blocks, [removed, 0], [widths, (2, 3, 4, 5, 6, 7, 8)], most_removed=14 + removed)
     rises = [0.02 * (1 + g % 8) for g in range(16)]
-    return allocate(Budget(terms, 0.0, target), choices, rises, [50.0, 50.0], [True, True])
+    return allocate(Budget(terms, 0.0, target), choices, rises, width_rises([50.0, 50.0]))
 
 
 def test_a_layer_that_was_forced_to_lose_channels_keeps_more_bits():
@@ -149,7 +154,7 @@ def test_of_two_layers_alike_the_one_that_was_forced_to_lose_channels_has_more_b
     """A cheaper model has room for bits in every layer; the trade-off is between this layer and another."""
     terms = (layer(1.0, 0, own=0), layer(1.0, 1, own=1))
     choices = Choices([[], []], removed=[4, 0], widths=[WIDTHS[0]] * 2, most_removed=4)
-    found = allocate(Budget(terms, 0.0, target), choices, [0.0] * 16, [50.0, 50.0], [True, True])
+    found = allocate(Budget(terms, 0.0, target), choices, [0.0] * 16, width_rises([50.0, 50.0]))
     assert found.bits[0] > found.bits[1]
 
 
@@ -171,7 +176,7 @@ def test_nothing_moves_inside_the_budget():
 def test_no_more_groups_go_than_may():
     terms = (layer(1.0, 0, own=0),)
     choices = Choices([[[g] for g in range(7)]], [0], [(8,)], most_removed=3)
-    found = allocate(Budget(terms, 0.0, 0.1), choices, [0.0] * 8, [1.0], [True])
+    found = allocate(Budget(terms, 0.0, 0.1), choices, [0.0] * 8, width_rises([1.0]))
     assert len(found.groups) == 3
     assert found.cost > 0.1
 

@@ -59,6 +59,15 @@ def test_what_was_learned_about_a_clip_is_kept():
     assert (learned.log_clip_max - plain.log_clip_max).item() == pytest.approx(0.5, abs=1e-6)
 
 
+def test_where_channels_move_together_their_scales_stay():
+    tensor = weight()
+    quantizer = quantizer_of(tensor, 8.0, (64, 1))
+    before = quantizer.log_channel_scale.mean().item()
+    move(quantizer, 2 * tensor, 3)
+    assert quantizer.log_channel_scale.mean().item() == pytest.approx(before, abs=1e-5)
+    assert quantizer.bits.item() == pytest.approx(3, abs=1e-4)
+
+
 def test_there_and_back_again():
     tensor = weight()
     quantizer = quantizer_of(tensor)
@@ -84,7 +93,7 @@ def test_an_input_moves_by_what_calibration_saw(signed):
     histogram.add(seen)
     quantizer = Quantizer(learn_exponent=False)
     quantizer.set_range_(histogram.clip_max(8), 8, histogram.signed)
-    quantizer.log_clips = histogram.log_clips()
+    quantizer.log_clips, _ = histogram.best_clips([max(bits, 2) for bits in range(17)])
     move(quantizer, None, 3)
     assert quantizer.clip_max.item() == pytest.approx(float(histogram.clip_max(3)), rel=1e-6)
 

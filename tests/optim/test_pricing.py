@@ -126,12 +126,12 @@ def observed(config):
     model, optimizer = started(config)
     first = optimizer.schedule.warmup_steps + optimizer.schedule.projection_steps
     list(train(model, optimizer, range(first)))
-    return optimizer.targets, optimizer.targets.scores.clone(), optimizer.targets.noise.clone()
+    return optimizer.targets, optimizer.targets.scores.clone(), optimizer.targets.sensitivity.clone()
 
 
-def decide(pricing, scores, noise, removed=None, allowed=None):
+def decide(pricing, scores, sensitivity, removed=None, allowed=None):
     """Groups chosen, (num_groups,), and widths, for the whole budget at once."""
-    pricing.noise, pricing.scores = noise.clone(), scores.clone()
+    pricing.sensitivity, pricing.scores = sensitivity.clone(), scores.clone()
     pricing.config = dataclasses.replace(pricing.config, pruning_periods=1)
     pricing.allowed_bits = allowed or pricing.allowed_bits
     removed = torch.zeros(len(scores), dtype=torch.bool) if removed is None else removed
@@ -152,26 +152,26 @@ def layers_of(pricing, axis):
 
 def test_forcing_fewer_channels_in_a_layer_raises_its_widths():
     config = dataclasses.replace(BUDGET, target_bops=0.02)
-    pricing, scores, noise = observed(config)
+    pricing, scores, sensitivity = observed(config)
     start, size, axis = hidden_axis(pricing)
     pricing.most_removed = 0  # widths alone answer
-    _, free = decide(pricing, scores, noise)
+    _, free = decide(pricing, scores, sensitivity)
     forced = torch.zeros(len(scores), dtype=torch.bool)
     forced[start : start + size * 2 // 3] = True
     pricing.most_removed = int(forced.sum())
-    _, kept = decide(pricing, scores, noise, removed=forced)
+    _, kept = decide(pricing, scores, sensitivity, removed=forced)
     rows = layers_of(pricing, axis)
     assert kept[rows].sum() > free[rows].sum()
 
 
 def test_forcing_fewer_bits_in_a_layer_keeps_more_of_its_channels():
-    pricing, scores, noise = observed(dataclasses.replace(BUDGET, target_bops=0.006))
+    pricing, scores, sensitivity = observed(dataclasses.replace(BUDGET, target_bops=0.01))
     start, size, axis = hidden_axis(pricing)
-    chosen, _ = decide(pricing, scores, noise)
+    chosen, _ = decide(pricing, scores, sensitivity)
     rows = layers_of(pricing, axis)
     allowed = [(2,) if row in rows else bits for row, bits in enumerate(pricing.allowed_bits)]
     pricing.start = pricing.budget.cost([0] * len(pricing.space.axis_sizes), [bits[-1] for bits in allowed])
-    with_few_bits, _ = decide(pricing, scores, noise, allowed=allowed)
+    with_few_bits, _ = decide(pricing, scores, sensitivity, allowed=allowed)
     assert with_few_bits[start : start + size].sum() < chosen[start : start + size].sum()
 
 
@@ -190,12 +190,12 @@ def test_a_cap_on_groups_is_spent_where_it_saves_enough(divisible):
         best = pricing._solve(
             dataclasses.replace(pricing.budget, target=0.0),
             [1.0] * len(rises),
-            [1.0] * len(pricing.signed),
+            [{width: 2.0**-width for width in bits} for bits in pricing.allowed_bits],
             everything,
             cap,
         )
         pricing.budget = dataclasses.replace(pricing.budget, target=best.cost * 1.001)
-        decide(pricing, rises, torch.ones(len(pricing.signed)))
+        decide(pricing, rises, torch.ones(len(pricing.allowed_bits)))
         assert pricing.cost <= pricing.budget.target
 
 

@@ -164,8 +164,8 @@ class GETAConfig:
     quantizer_learning_rate: float = dataclasses.field(
         default=1e-3,
         metadata={
-            "help": "Learning rate of the quantizers; they live in log space, so with Adam and its like it is a relative "
-            "change per step. With SGD it multiplies their gradients, which are small: they hardly move then."
+            "help": "Learning rate of the quantizers; they live in log space, so with Adam and its like it is a "
+            "relative change per step. With SGD it multiplies their gradients, which are small: they hardly move then."
         },
     )
     calibration_batches: int = dataclasses.field(

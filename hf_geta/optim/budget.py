@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -75,12 +76,22 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """What `allocate` chose: groups to remove now, a width per quantizer, the cost that leaves, and the price paid."""
+    """What `allocate` chose: blocks of groups to remove, the cheapest first; a width per quantizer, cost and price."""
 
-    groups: tuple[int, ...]
+    blocks: tuple[tuple[int, ...], ...]
     bits: tuple[int, ...]
     cost: float
     price: float
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """All groups that go."""
+        return tuple(group for block in self.blocks for group in block)
+
+    def first_groups(self, count: int) -> tuple[int, ...]:
+        """Of the groups that go the first `count`, and what is left of the last one's block."""
+        ends = itertools.accumulate(map(len, self.blocks), initial=0)
+        return tuple(group for end, block in zip(ends, self.blocks) if end < count for group in block)
 
 
 def allocate(
@@ -116,7 +127,7 @@ def allocate(
             price, ratio = max(price, ratio), state.ratio(move)  # of the next one of its kind
         heapq.heappush(heap, (ratio, move))
     state.spend_slack()
-    return Allocation(tuple(state.groups), tuple(state.bits), state.exact_cost(), price)
+    return Allocation(tuple(state.blocks), tuple(state.bits), state.exact_cost(), price)
 
 
 # What shrinks by one step: a family of axes or a quantizer, and its number.
@@ -135,7 +146,7 @@ class _State:
     ) -> None:
         self.budget, self.choices, self.width_rises = budget, choices, width_rises
         self.removed, self.bits = list(choices.removed), [widths[-1] for widths in choices.widths]
-        self.groups: list[int] = []
+        self.blocks: list[tuple[int, ...]] = []
         self.room = choices.most_removed - sum(choices.removed)
         self.families = choices.families or [(axis,) for axis in range(len(choices.removed))]
         self.taken = [0] * len(choices.blocks)  # blocks, per family
@@ -185,7 +196,7 @@ class _State:
             self.bits[number] = narrower
         else:
             block = self._next_block(number)
-            self.groups += block
+            self.blocks.append(tuple(block))
             self._remove(number, len(block))
             self.room -= len(block)
             self.taken[number] += 1

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,13 +121,25 @@ class Pricing:
         Args:
             removed: (num_groups,) bool, the groups that are gone already.
         """
-        left = 1 - (period + 1) / self.config.pruning_periods  # of the way from the start, in equal factors
+        removed, (rises, width_rises) = removed.cpu(), self._observed()
+        rises = self._with_surcharge(rises, width_rises, removed, self.most_removed)
+        plan = self._solve(self.budget, rises, width_rises, removed, self.most_removed)
+        periods = self.config.pruning_periods - period  # that are left, this one included
+        chosen = self._flags(plan.first_groups(math.ceil(len(plan.groups) / periods)))
+        planned = removed | self._flags(plan.groups)
+        left = (periods - 1) / self.config.pruning_periods  # of the way from the start, in equal factors
         target = self.budget.target * max(self.start / self.budget.target, 1.0) ** left
-        return self._allocate(target, removed, self.most_removed)
+        on_the_way = dataclasses.replace(self.budget, target=target)
+        self._set(self._solve(on_the_way, rises, width_rises, planned, int(planned.sum())).bits, removed | chosen)
+        self.price = plan.price
+        return chosen
 
     def final_bits(self, removed: Tensor) -> Tensor:
         """The widths, (quantizers,), that the whole budget leaves to the groups that are left."""
-        self._allocate(self.budget.target, removed, int(removed.sum()))
+        removed, (rises, width_rises) = removed.cpu(), self._observed()
+        found = self._solve(self.budget, rises, width_rises, removed, int(removed.sum()))
+        self._set(found.bits, removed)
+        self.price = found.price
         if self.cost > self.budget.target * (1 + 1e-9):  # rounding of sums
             left = self._in_words(self.cost)
             logger.warning("%s, but %s is left with every width at its bound.", self._asked(), left)
@@ -134,8 +147,7 @@ class Pricing:
 
     def gap(self, removed: Tensor) -> float:
         """Present cost over C*, less 1: with the widths as they are and the groups flagged in `removed` gone."""
-        counts = [int(gone.sum()) for gone in removed.cpu().split(self.space.axis_sizes)]
-        return self.budget.cost(counts, self.widths.bits().tolist()) / self.budget.target - 1
+        return self._cost(removed.cpu(), self.widths.bits().tolist()) / self.budget.target - 1
 
     def _asked(self) -> str:
         """The budget as the config writes it."""
@@ -152,19 +164,27 @@ class Pricing:
     def _in_words(self, cost: float) -> str:
         return f"{cost:.4g}" if self.config.target_size is None else f"{cost:,.0f} bytes"
 
-    def _allocate(self, target: float, removed: Tensor, most_removed: int) -> Tensor:
-        removed, rises = removed.cpu(), (GROUP_FACTOR * self.scores.double()).tolist()
-        budget = dataclasses.replace(self.budget, target=target)
-        width_rises = self._width_rises()
-        rises = self._with_surcharge(rises, width_rises, removed, most_removed)
-        found = self._solve(budget, rises, width_rises, removed, most_removed)
-        self.ceilings = torch.tensor(found.bits, dtype=torch.float32).to(self.ceilings.device)
-        self.price, self.cost = found.price, found.cost
+    def _observed(self) -> tuple[list[float], list[Rises]]:
+        """What groups cost, and per quantizer and width, what rounding does; half of it is forgotten."""
+        rises, width_rises = (GROUP_FACTOR * self.scores.double()).tolist(), self._width_rises()
         self.scores *= MEMORY
         self.sensitivity *= MEMORY
-        chosen = torch.zeros_like(removed)
-        chosen[list(found.groups)] = True
-        return chosen
+        return rises, width_rises
+
+    def _set(self, bits: Sequence[int], removed: Tensor) -> None:
+        self.ceilings = torch.tensor(bits, dtype=torch.float32).to(self.ceilings.device)
+        self.cost = self._cost(removed, bits)
+
+    def _flags(self, groups: Sequence[int]) -> Tensor:
+        flags = torch.zeros(self.space.num_groups, dtype=torch.bool)
+        flags[list(groups)] = True
+        return flags
+
+    def _counts(self, removed: Tensor) -> list[int]:
+        return [int(gone.sum()) for gone in removed.split(self.space.axis_sizes)]
+
+    def _cost(self, removed: Tensor, bits: Sequence[float]) -> float:
+        return self.budget.cost(self._counts(removed), bits)
 
     def _width_rises(self) -> list[Rises]:
         """Per quantizer and width, what rounding costs."""
@@ -195,7 +215,7 @@ class Pricing:
         choices = Choices(
             blocks=open_blocks(torch.tensor(rises, dtype=torch.float64), removed, self.space.axis_sizes, self.families),
             families=[family.axes for family in self.families],
-            removed=[int(gone.sum()) for gone in removed.split(self.space.axis_sizes)],
+            removed=self._counts(removed),
             widths=self.allowed_bits,
             most_removed=most_removed,
         )
@@ -203,12 +223,11 @@ class Pricing:
             return self._allocate_in_sets(budget, choices, rises, width_rises)
         half = dataclasses.replace(budget, target=(self.start * budget.target) ** 0.5)
         at_full_width = dataclasses.replace(choices, widths=[bits[-1:] for bits in self.allowed_bits])
-        groups = self._allocate_in_sets(half, at_full_width, rises, width_rises).groups
-        gone = removed.clone()
-        gone[list(groups)] = True
-        counts = [int(flags.sum()) for flags in gone.split(self.space.axis_sizes)]
+        pruned = self._allocate_in_sets(half, at_full_width, rises, width_rises)
+        counts = self._counts(removed | self._flags(pruned.groups))
         structure = dataclasses.replace(choices, removed=counts, blocks=[()] * len(self.families))
-        found = dataclasses.replace(self._allocate_in_sets(budget, structure, rises, width_rises), groups=groups)
+        found = self._allocate_in_sets(budget, structure, rises, width_rises)
+        found = dataclasses.replace(found, blocks=pruned.blocks)
         if found.cost <= budget.target:
             return found
         # its half was not enough: a common price after all

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import logging
 import random
 import re
@@ -136,6 +137,27 @@ def decide(pricing, scores, sensitivity, removed=None, allowed=None):
     pricing.allowed_bits = allowed or pricing.allowed_bits
     removed = torch.zeros(len(scores), dtype=torch.bool) if removed is None else removed
     return pricing.decide(0, removed), pricing.ceilings
+
+
+def test_groups_go_evenly_over_the_periods_and_widths_come_down_to_those_that_the_last_one_leaves():
+    """Also where widths alone would meet the cost of the first periods."""
+    pricing, scores, sensitivity = observed(dataclasses.replace(BUDGET, target_bops=0.01))
+    plan, final = decide(pricing, scores, sensitivity)
+    periods = 5
+    pricing.config = dataclasses.replace(pricing.config, pruning_periods=periods)
+    removed, counts, widths = torch.zeros(len(scores), dtype=torch.bool), [], []
+    for period in range(periods):
+        pricing.sensitivity, pricing.scores = sensitivity.clone(), scores.clone()
+        chosen = pricing.decide(period, removed)
+        assert not (chosen & removed).any()
+        removed |= chosen
+        counts.append(int(chosen.sum()))
+        widths.append(pricing.ceilings.clone())
+    assert sum(counts) == plan.sum() >= 10
+    assert max(counts) - min(counts) <= 1
+    assert torch.equal(widths[-1], final)
+    assert all((wider >= narrower).all() for wider, narrower in itertools.pairwise(widths))
+    assert widths[0].sum() > final.sum()
 
 
 def hidden_axis(pricing):

@@ -28,6 +28,7 @@ from hf_geta.quantization.quantizers import Quantizer
 # What is held of every redundant entry: its index, and in a step its value; of those of a chunk so many numbers more.
 INDEX_BYTES, VALUE_BYTES, CHUNK_VECTORS = 4, 4, 12
 
+CLIP_BYTES = 12  # of an input at a width: its clip, and two errors there
 SUM_BYTES = 4
 
 Measured = TypeVar("Measured", OptimizerMemory, PassMemory)
@@ -157,7 +158,7 @@ def plan_communication(model: nn.Module, qasso: QASSO, gradients: int) -> Commun
     return Communication(
         gradients=gradients,
         quantizer_gradients=tensor_bytes(p for quantizer in quantizers for p in quantizer.parameters()),
-        buffers=len(inputs) * 4 * (MAX_BITS + 1) + tensor_bytes(itertools.chain(powers, blocks)),
+        buffers=len(inputs) * CLIP_BYTES * (MAX_BITS + 1) + tensor_bytes(itertools.chain(powers, blocks)),
         decision=qasso.space.num_groups + widths * prices,
         decision_messages=1 + prices,
         final_widths=widths,

@@ -40,9 +40,9 @@ class MagnitudeHistogram:
         return self._best(bits, self.signed if signed is None else signed)[0]
 
     def best_clips(self, widths: Sequence[int], signed: bool | None = None) -> tuple[Tensor, Tensor]:
-        """ln `clip_max` of each width, (widths,), and ln of the squared errors there over q_m^2, (widths, 2).
+        """ln `clip_max` of each width, (widths,), and ln of the squared error there over q_m^2, (widths, 2).
 
-        The errors are sums over what was counted: of all numbers, and of those within q_m.
+        The errors are means over what was counted: by all numbers, and by those within q_m.
         """
         signed = self.signed if signed is None else signed
         clips, errors = zip(*(self._best(bits, signed) for bits in widths), strict=True)
@@ -50,13 +50,14 @@ class MagnitudeHistogram:
         return torch.stack(clips).log(), relative.clamp(min=torch.finfo(torch.float32).tiny).log()
 
     def _best(self, bits: float, signed: bool) -> tuple[Tensor, Tensor]:
-        """The q_m of `clip_max`; the sum of squared errors that it leaves, of all numbers and of those within q_m."""
+        """The q_m of `clip_max`; the mean squared error that it leaves, by all numbers and by those within q_m."""
         edges = 2 ** torch.linspace(-OCTAVES, OCTAVES, len(self.counts) + 1, device=self.counts.device)[1:]
         values = edges * 2 ** (-0.5 / BINS_PER_OCTAVE)
         clips = torch.minimum(edges, self.extremes[1])[:, None]  # (clips, 1)
         step_sizes = clips / (2 ** (bits - signed) - 1)
         beyond = (values - clips).clamp(min=0) ** 2
         within = torch.minimum(values**2, step_sizes**2 / 12).where(values <= clips, 0.0)
-        inside, error = within @ self.counts, torch.where(values > clips, beyond, within) @ self.counts
+        shares = self.counts / self.counts.sum().clamp(min=1)  # of the numbers: the same, however many were counted
+        inside, error = within @ shares, torch.where(values > clips, beyond, within) @ shares
         best = error.argmin()
         return torch.where(self.extremes[1] > 0, clips[best, 0], 1.0), torch.stack([error[best], inside[best]])

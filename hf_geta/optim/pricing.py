@@ -48,8 +48,8 @@ class Pricing:
         config: limits on groups, the number of pruning periods. Without the joint rule (an ablation) there is no common
             price: groups pay for half of the way (of its logarithm) at full widths, then widths for the rest.
         space: the pruning groups.
-        widths: all quantizers.
         weights: per quantizer the weight that it rounds; None for an input.
+        widths: all quantizers.
         allowed_bits: per quantizer the widths that it may end with, ascending.
         width_sets: quantizers that have one width at every decision.
         budget: the cost model and C*.
@@ -73,8 +73,8 @@ class Pricing:
         self,
         config: GETAConfig,
         space: PruningSpace,
-        widths: WidthTable,
         weights: Sequence[Tensor | None],
+        widths: WidthTable,
         allowed_bits: Sequence[Sequence[int]],
         width_sets: Sequence[Sequence[int]],
         budget: Budget,

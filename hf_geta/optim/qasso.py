@@ -71,8 +71,7 @@ class QASSO(OptimizerWrapper):
         numbered: NumberedQuantizers,
         budget: Budget | None = None,
     ) -> None:
-        self.config, self.budget = config, budget
-        self.space = space
+        self.config, self.budget, self.space = config, budget, space
         self.numbered, self.weights, self.width_sets = numbered, numbered.weights, numbered.width_sets
         # one row per parameter of the space, -1 without a quantizer
         self.quantizer_rows = [numbered.weight_rows.get(name, -1) for name in space.parameter_names]
@@ -110,11 +109,11 @@ class QASSO(OptimizerWrapper):
         self.redundant = torch.zeros_like(self.removed)  # being forgotten in the present period
         self.final_bits: Tensor | None = None
         self.targets: Share | Pricing
-        allowed = self.allowed_bits, self.width_sets
+        of_widths = self.widths, self.allowed_bits, self.width_sets
         if self.budget is None:
-            self.targets = Share(self.config, self.schedule, self.space, self.widths, *allowed)
+            self.targets = Share(self.config, self.schedule, self.space, *of_widths)
         else:
-            self.targets = Pricing(self.config, self.space, self.widths, self.weights, *allowed, self.budget)
+            self.targets = Pricing(self.config, self.space, self.weights, *of_widths, self.budget)
         self._cache_index_sets()
 
     @property

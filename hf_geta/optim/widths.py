@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_geta.quantization.quantizers import Quantizer
 
-AT_BOUND = 1e-4  # of ln d: float32 logarithms
+AT_BOUND = 1e-4  # how far ln d may be from its bound to be there: float32 logarithms
 
 
 def log_levels(bits: Tensor, signed: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from hf_geta.quantization.readers import readers_of_one_tensor
 
 logger = logging.getLogger(__name__)
 
+ROWS = [max(bits, MIN_BITS) for bits in range(MAX_BITS + 1)]  # of tables by width: what has no grid has the coarsest
+
 
 def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> list[str]:
     """Sets the quantizers from what the float model feeds its layers; returns the names of those with rounded inputs.
@@ -60,8 +62,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> li
         if name in statistics:
             magnitudes = statistics[name].magnitudes
             layer.input_quantizer.set_range_(magnitudes.clip_max(bits), bits, magnitudes.signed)
-            widths = [max(width, MIN_BITS) for width in range(MAX_BITS + 1)]
-            layer.input_quantizer.log_clips, layer.input_quantizer.log_errors = magnitudes.best_clips(widths)
+            layer.input_quantizer.log_clips, layer.input_quantizer.log_errors = magnitudes.best_clips(ROWS)
         else:
             layer.input_quantizer = None
             logger.warning("%s: no calibration batch reached this layer; its input stays in float", name)

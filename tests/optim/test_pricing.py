@@ -187,6 +187,7 @@ def test_forcing_fewer_channels_in_a_layer_raises_its_widths():
 
 
 def test_forcing_fewer_bits_in_a_layer_keeps_more_of_its_channels():
+    # a budget that leaves the axis a choice: at 0.006 all that may go of it goes either way
     pricing, scores, sensitivity = observed(dataclasses.replace(BUDGET, target_bops=0.01))
     start, size, axis = hidden_axis(pricing)
     chosen, _ = decide(pricing, scores, sensitivity)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_geta.checkpoint.gather import InPieces
 from hf_geta.checkpoint.pack import pack_model_
-from hf_geta.graph.capture import forget_autocast_
+from hf_geta.graph.capture import forget_wrappers_
 from hf_geta.graph.qadg import Removed
 from hf_geta.graph.tracing import named_tensors
 from hf_geta.measure import compression_report
@@ -62,7 +62,7 @@ def finalize_model(model: PreTrainedModel, is_main_process: bool = True) -> PreT
             logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
         in_pieces = Shards(model.parameters()).are_several
         small = _cut_in_pieces(model, removed, is_main_process) if in_pieces else _cut(model, removed)
-    forget_autocast_(small)  # it is to compute what its files do
+    forget_wrappers_(small)  # it is to compute what its files do
     publish_with_card_(small, compression_report(model))
     return small if is_main_process else small.to("meta")
 

@@ -116,16 +116,27 @@ def _capture(model: nn.Module, inputs: Mapping[str, Any], trace: Callable[..., T
     return Capture(traced.graph_module, sources, constants, tensors, attributes, integers, equalities, classes)
 
 
-def forget_autocast_(model: nn.Module) -> None:
-    """Take off the forward that accelerate gives a model for bf16 and fp16.
+def forget_wrappers_(twin: nn.Module) -> None:
+    """Give a copy its class's forward back, where a wrapper around it would run the original.
 
-    accelerate's own `unwrap_model` would take transformers' decorators off as well.
+    That is what accelerate gives a model for bf16 and fp16 (its own `unwrap_model` would take transformers' decorators
+    off as well), and trl for its fused loss: functions around a method of the model, which no copy takes along.
     """
-    original: Any = vars(model).pop("_original_forward", None)
-    if original is not None:
-        del model.forward
-        if getattr(original, "__func__", None) is not type(model).forward:  # another's, from before
-            model.forward = original
+    for module in twin.modules():
+        original: Any = vars(module).pop("_original_forward", None)
+        if original is not None:
+            del module.forward
+            if getattr(original, "__func__", None) is not type(module).forward:  # another's, from before
+                module.forward = original
+        if _runs_another(vars(module).get("forward"), module):
+            del module.forward
+
+
+def _runs_another(forward: Any, module: nn.Module) -> bool:
+    """Whether a method that was set on `module` has a method of another module in its closure."""
+    cells = getattr(getattr(forward, "__func__", None), "__closure__", None) or ()
+    owners = (getattr(cell.cell_contents, "__self__", None) for cell in cells)
+    return any(isinstance(owner, nn.Module) and owner is not module for owner in owners)
 
 
 def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -193,11 +204,11 @@ def structural_copy(
 def plain_copy(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor] = operator.attrgetter("data")) -> Any:
     """A `structural_copy` that computes the same by torch's own operators, in the precision of its tensors.
 
-    Neither accelerate's autocast comes along nor a kernel of attention (flash, flex), of which a trace sees one opaque
-    operator, and which takes some devices and dtypes only.
+    No wrapper around its forward comes along, such as accelerate's autocast, nor a kernel of attention (flash, flex),
+    of which a trace sees one opaque operator, and which takes some devices and dtypes only.
     """
     twin = structural_copy(model, convert)
-    forget_autocast_(twin)
+    forget_wrappers_(twin)
     for part in twin.modules():
         if isinstance(part, PreTrainedModel) and part.config._attn_implementation not in (None, *ATTENTION):
             part.set_attn_implementation("eager")

@@ -1,8 +1,11 @@
 """The search space is the model's, not that of the precision or the attention that it happens to run with."""
 
+import types
+
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_geta.graph.build import build_qadg
@@ -32,13 +35,32 @@ class AutocastGPT2(GPT2LMHeadModel):
             return super().forward(*args, **kwargs)
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """A process has one precision, that of its first Accelerator."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("make", [gpt2, llama])
-def test_the_autocast_of_accelerate_hides_no_group(make):
+def test_the_autocast_of_accelerate_hides_no_group(make, fresh_accelerate):
     expected, model = spaces(make()), make()
     Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     wrapped = model.forward
     assert spaces(model) == expected != []
     assert model.forward == wrapped
+
+
+def test_a_method_around_the_forward_hides_no_group_and_is_not_copied():
+    """As trl sets it on a model, for a loss that never holds all logits."""
+    expected, model = spaces(gpt2()), gpt2()
+    own = model.forward
+    model.forward = wrapped = types.MethodType(lambda self, *args, **kwargs: own(*args, **kwargs), model)
+    assert spaces(model) == expected
+    assert model.forward == wrapped
+    twin = plain_copy(model)
+    assert twin.forward == types.MethodType(GPT2LMHeadModel.forward, twin)
 
 
 def test_autocast_in_the_forward_of_a_model_hides_no_group():

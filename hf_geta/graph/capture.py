@@ -135,7 +135,8 @@ def forget_wrappers_(twin: nn.Module) -> None:
 def _runs_another(forward: Any, module: nn.Module) -> bool:
     """Whether a method that was set on `module` has a method of another module in its closure."""
     cells = getattr(getattr(forward, "__func__", None), "__closure__", None) or ()
-    owners = (getattr(cell.cell_contents, "__self__", None) for cell in cells)
+    empty = types.CellType()
+    owners = [getattr(cell.cell_contents, "__self__", None) for cell in cells if cell != empty]
     return any(isinstance(owner, nn.Module) and owner is not module for owner in owners)
 
 

@@ -56,7 +56,13 @@ def test_a_method_around_the_forward_hides_no_group_and_is_not_copied():
     """As trl sets it on a model, for a loss that never holds all logits."""
     expected, model = spaces(gpt2()), gpt2()
     own = model.forward
-    model.forward = wrapped = types.MethodType(lambda self, *args, **kwargs: own(*args, **kwargs), model)
+    if model.training:  # it is not: a variable of the closure stays without a value
+        never = None
+
+    def around(self, *args, **kwargs):
+        return own(*args, **kwargs) if args or kwargs else never
+
+    model.forward = wrapped = types.MethodType(around, model)
     assert spaces(model) == expected
     assert model.forward == wrapped
     twin = plain_copy(model)

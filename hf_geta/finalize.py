@@ -62,7 +62,6 @@ def finalize_model(model: PreTrainedModel, is_main_process: bool = True) -> PreT
             logger.warning("the run ended before its cool-down: widths are rounded now, without further training.")
         in_pieces = Shards(model.parameters()).are_several
         small = _cut_in_pieces(model, removed, is_main_process) if in_pieces else _cut(model, removed)
-    forget_wrappers_(small)  # it is to compute what its files do
     publish_with_card_(small, compression_report(model))
     return small if is_main_process else small.to("meta")
 
@@ -82,6 +81,7 @@ def _cut_in_pieces(model: PreTrainedModel, removed: Removed, here: bool) -> Any:
     preparation = preparation_of(model)
     pieces = InPieces(model, here)
     small: Any = pieces.copy
+    forget_wrappers_(small)
     if preparation.qadg.can_be_cut:
         pieces.cut(preparation.qadg.kept(small, removed))
         preparation.qadg.prune_and_describe_(small, removed)

@@ -117,25 +117,24 @@ def _capture(model: nn.Module, inputs: Mapping[str, Any], trace: Callable[..., T
 
 
 def forget_wrappers_(twin: nn.Module) -> None:
-    """Give a copy its class's forward back, where a wrapper around it would run the original.
+    """Give a copy its class's forward back, where the original was given a method around it.
 
-    That is what accelerate gives a model for bf16 and fp16 (its own `unwrap_model` would take transformers' decorators
-    off as well), and trl for its fused loss: functions around a method of the model, which no copy takes along.
+    accelerate's, for bf16 and fp16, casts (its own `unwrap_model` would take transformers' decorators off as well).
+    trl's, for its fused loss, has the original's forward in its closure: the copy would run the original.
     """
     for module in twin.modules():
-        original: Any = vars(module).pop("_original_forward", None)
-        if original is not None:
-            del module.forward
-            if getattr(original, "__func__", None) is not type(module).forward:  # another's, from before
-                module.forward = original
-        if _runs_another(vars(module).get("forward"), module):
-            del module.forward
+        own = vars(module)
+        if "_original_forward" in own:  # accelerate's name for what it went around
+            own["forward"] = own.pop("_original_forward")
+        forward = own.get("forward")
+        if getattr(forward, "__func__", None) is type(module).forward or _runs_another(forward, module):
+            del own["forward"]
 
 
 def _runs_another(forward: Any, module: nn.Module) -> bool:
     """Whether a method that was set on `module` has a method of another module in its closure."""
     cells = getattr(getattr(forward, "__func__", None), "__closure__", None) or ()
-    empty = types.CellType()
+    empty = types.CellType()  # of a variable without a value
     owners = [getattr(cell.cell_contents, "__self__", None) for cell in cells if cell != empty]
     return any(isinstance(owner, nn.Module) and owner is not module for owner in owners)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hf_geta.checkpoint.manifest import Manifest, read_manifest, write_manifest_
 from hf_geta.checkpoint.names import save_as_they_are_
 from hf_geta.checkpoint.prune import set_attributes_, slice_
+from hf_geta.graph.capture import forget_wrappers_
 from hf_geta.graph.integers import Attribute, Equation, substitute
 from hf_geta.graph.search_space import quantizer_tensors
 from hf_geta.graph.solving import solve
@@ -145,6 +146,7 @@ class QADG:
             ValueError: for an unknown axis, an index out of range, or an axis of which nothing would be left.
         """
         small = copy.deepcopy(model)
+        forget_wrappers_(small)
         if self.can_be_cut:
             self.prune_and_describe_(small, removed)
         else:

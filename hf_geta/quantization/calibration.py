@@ -20,7 +20,8 @@ from hf_geta.quantization.readers import readers_of_one_tensor
 
 logger = logging.getLogger(__name__)
 
-ROWS = [max(bits, MIN_BITS) for bits in range(MAX_BITS + 1)]  # of tables by width: what has no grid has the coarsest
+# Tables by width have a row for each number of bits from 0 on; where there is no grid, that of the coarsest one.
+WIDTH_OF_ROW = [max(bits, MIN_BITS) for bits in range(MAX_BITS + 1)]
 
 
 def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> list[str]:
@@ -28,8 +29,8 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> li
 
     Runs the model with every quantizer bypassed over `batches` (mappings, sequences or single tensors of inputs), then
     gives each input quantizer the clip of least squared error at `bits` and an unsigned grid where no input was
-    negative; its `log_clips` remember the clips of other widths. A layer that no batch reaches keeps its input in
-    float, which is logged. Weight quantizers remember the `input_power` that weighs their rounding errors.
+    negative; its `log_clips` and `log_errors` remember those of other widths. A layer that no batch reaches keeps its
+    input in float, which is logged. Weight quantizers remember the `input_power` that weighs their rounding errors.
     Dropout is off; batch norms that were never trained normalize by the batch, as training will. Training mode,
     batch-norm statistics and random state are left as they were. Under torch.distributed every process calls it and
     all get the same result.
@@ -62,7 +63,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], bits: float = 16) -> li
         if name in statistics:
             magnitudes = statistics[name].magnitudes
             layer.input_quantizer.set_range_(magnitudes.clip_max(bits), bits, magnitudes.signed)
-            layer.input_quantizer.log_clips, layer.input_quantizer.log_errors = magnitudes.best_clips(ROWS)
+            layer.input_quantizer.log_clips, layer.input_quantizer.log_errors = magnitudes.best_clips(WIDTH_OF_ROW)
         else:
             layer.input_quantizer = None
             logger.warning("%s: no calibration batch reached this layer; its input stays in float", name)
